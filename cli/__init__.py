@@ -1,0 +1,1 @@
+"""The commands: the only room that reads arguments, prints and exits."""

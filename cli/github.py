@@ -1,0 +1,67 @@
+"""The answer for a GitHub Actions job: annotations on stdout, a job summary, and outputs that later steps can test."""
+
+import os
+
+from ..planner.plan import Plan
+from ..profiles.errors import BadInput
+from . import phrases
+from .markdown import markdown
+from .output import clean
+
+MAX_ANNOTATIONS = 9  # of one kind; GitHub shows about ten per step
+
+
+def github(plan: Plan, notes: tuple[str, ...] = ()) -> str:
+    """Appends to $GITHUB_STEP_SUMMARY and $GITHUB_OUTPUT where they are set; returns what stdout gets."""
+    summary = markdown(plan, notes)
+    lines = [_verdict(plan), *(annotation("notice", note) for note in notes)]
+    lines += [annotation("warning", warning) for warning in plan.best.warnings[:MAX_ANNOTATIONS]]
+    if not _append("GITHUB_STEP_SUMMARY", summary):
+        lines.append(summary)
+    _append("GITHUB_OUTPUT", "".join(f"{name}={clean(value)}\n" for name, value in _outputs(plan).items()))
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def annotation(kind: str, message: str, title: str = "qwen-plan") -> str:
+    """A workflow command, with the escapes that its message and its properties need."""
+    name = _message(title).replace(":", "%3A").replace(",", "%2C")
+    return f"::{kind} title={name}::{_message(message)}"
+
+
+def _verdict(plan: Plan) -> str:
+    said = f"{phrases.verdict(plan)}: {phrases.question(plan)} ({phrases.setup(plan.best)})"
+    if plan.fits:
+        return annotation("warning" if plan.best.tight else "notice", said)
+    changes = "; ".join(one.change for one in plan.advice if one.fits)
+    return annotation("error", f"{said}. What would fit: {changes}" if changes else said)
+
+
+def _outputs(plan: Plan) -> dict[str, str]:
+    best = plan.best
+    return {
+        "fits": "true" if plan.fits else "false",
+        "engine": best.engine,
+        "weights": best.weights,
+        "kv_dtype": best.kv_dtype,
+        "max_ctx_tokens": str(best.limits.max_ctx_tokens),
+        "max_seqs": str(best.limits.max_seqs),
+        "command": best.command,
+    }
+
+
+def _append(variable: str, text: str) -> bool:
+    path = os.environ.get(variable)
+    if not path:
+        return False
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:
+        raise BadInput(f"{variable}: cannot append to {path!r}: {error.strerror}") from error
+    return True
+
+
+def _message(text: str) -> str:
+    """Control characters other than line breaks are escaped as everywhere; % and line breaks in GitHub's own way."""
+    lines = [clean(line) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    return "%0A".join(line.replace("%", "%25") for line in lines)

@@ -1,0 +1,151 @@
+"""An answer in words: what every rendering for people says in the same way. It lays nothing out."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..planner.engines.engine import DeviceShare
+from ..planner.memory import Amount, Memory
+from ..planner.plan import MAX_SEQS, EnginePlan, Plan
+
+GIB = 1 << 30
+TITLES = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "recurrent_state": "recurrent state",
+    "activation": "activations",
+    "graph": "graphs",
+    "runtime": "runtime",
+}
+HOW_SURE = "exact: the engine's own arithmetic; ~: estimated, with the interval that it lies in"
+
+
+class Part(NamedTuple):
+    """One part of a device's memory: its key, its name, how much, and how sure that is."""
+
+    key: str
+    title: str
+    amount: str
+    sure: str
+
+
+def verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return "Does not fit"
+    return "Fits, but only just" if plan.best.tight else "Fits"
+
+
+def question(plan: Plan) -> str:
+    request = plan.request
+    names = [device.name for device in plan.devices]
+    devices = ", ".join(
+        f"{names.count(name)}x{name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
+    )
+    return f"{plan.model.name} on {devices}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
+
+
+def setup(plan: EnginePlan) -> str:
+    words = [
+        f"{plan.engine} {plan.engine_version}",
+        f"weights {plan.weights}",
+        f"KV cache {plan.kv_dtype}",
+        f"state {plan.state_dtype}",
+    ]
+    if plan.tp > 1:
+        words.append(f"tensor parallel {plan.tp}")
+    if plan.pp > 1:
+        words.append(f"split by layers over {plan.pp}" if plan.tp == 1 else f"pipeline parallel {plan.pp}")
+    if plan.mtp:
+        words.append(counted(plan.mtp, "draft token"))
+    words.append("with vision" if plan.vision else "text only")
+    return ", ".join(words)
+
+
+def shares(plan: EnginePlan) -> list[tuple[int, DeviceShare]]:
+    """Devices that hold the same are told once, with how many they are."""
+    found: list[tuple[int, DeviceShare]] = []
+    for share in plan.devices:
+        for place, (count, other) in enumerate(found):
+            if (share.device, share.usable_bytes, share.memory) == (other.device, other.usable_bytes, other.memory):
+                found[place] = (count + 1, other)
+                break
+        else:
+            found.append((1, share))
+    return found
+
+
+def held(count: int, share: DeviceShare) -> str:
+    """`GeForce RTX 3060 (rtx3060): ~10.23 of 11.63 GiB, 1.40 GiB free`."""
+    device, total = share.device, share.memory.total
+    name = device.title if device.title == device.name else f"{device.title} ({device.name})"
+    who = f"{count} x {name}, each" if count > 1 else name
+    if share.free_bytes >= 0:
+        taken = mid(total).removesuffix(" GiB")
+        return f"{who}: {taken} of {gib(share.usable_bytes)}, {gib(share.free_bytes)} free"
+    return f"{who}: {mid(total)} needed, {gib(share.usable_bytes)} usable, {gib(-share.free_bytes)} short"
+
+
+def parts(memory: Memory) -> list[Part]:
+    """The parts that take anything, and the total."""
+    told = [Part(key, TITLES[key], mid(amount), sure(amount)) for key, amount in memory.parts.items() if amount.high]
+    return [*told, Part("total", "total", mid(memory.total), sure(memory.total))]
+
+
+def host(plan: EnginePlan) -> str | None:
+    """What lies in the host's memory, in one sentence; None where nothing does."""
+    if not plan.host.total.high:
+        return None
+    told = [f"{TITLES[key]} {mid(amount)}" for key, amount in plan.host.parts.items() if amount.high]
+    return f"Host memory: {mid(plan.host.total)} ({', '.join(told)})"
+
+
+def limits(plan: EnginePlan) -> str:
+    longest, most = plan.limits.max_ctx_tokens, plan.limits.max_seqs
+    with_seqs = counted(plan.seqs, "sequence")
+    at_ctx = f"{plan.ctx_tokens:,} tokens"
+    native = plan.setup.model.native_context_tokens
+    scaled = f" (beyond {native:,} with rope scaling)" if longest > native else ""
+    first = f"Up to {longest:,} tokens{scaled} with {with_seqs}" if longest else f"No context fits with {with_seqs}"
+    if not most:
+        return f"{first}; no sequence fits at {at_ctx}."
+    more = " or more" if most == MAX_SEQS else ""
+    return f"{first}; up to {counted(most, 'sequence')}{more} at {at_ctx}."
+
+
+def runner_up(plan: EnginePlan) -> tuple[str, ...]:
+    return (
+        f"{plan.engine} {plan.engine_version}",
+        plan.weights,
+        plan.kv_dtype,
+        f"{gib(-plan.shortfall_bytes)}{' (tight)' if plan.tight else ''}",
+        f"{plan.limits.max_ctx_tokens:,}",
+        f"{plan.limits.max_seqs:,}",
+    )
+
+
+RUNNER_UP_TITLES = ("engine", "weights", "KV cache", "to spare", "max tokens", "max sequences")
+
+
+def refusals(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Who else does not make it, and why: the plans that do not fit, then the engines that have none."""
+    for other in plan.plans[1:]:
+        if not other.fits:
+            why = other.reasons[0] if other.reasons else f"{gib(other.shortfall_bytes)} short"
+            yield f"{other.engine} ({other.weights}, KV cache {other.kv_dtype})", why
+    for skipped in plan.skipped:
+        yield skipped.engine, skipped.reason
+
+
+def gib(amount_bytes: int) -> str:
+    return f"{amount_bytes / GIB:.2f} GiB"
+
+
+def mid(amount: Amount) -> str:
+    return gib(amount.mid) if amount.exact else f"~{gib(amount.mid)}"
+
+
+def sure(amount: Amount) -> str:
+    return "exact" if amount.exact else f"{amount.low / GIB:.2f} to {amount.high / GIB:.2f}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

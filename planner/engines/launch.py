@@ -1,0 +1,47 @@
+"""Launch lines that vLLM and SGLang share: the name of the checkpoint, shell quoting, JSON for one flag."""
+
+from collections.abc import Iterable
+
+from ...profiles.formats import WeightFormat
+from ...profiles.model import Model
+
+# Names under which quantized models were published, by format (Qwen's and NVIDIA's collections, November 2026).
+_PUBLISHED = {"fp8": "{repo}-FP8", "gptq-int4-official": "{repo}-GPTQ-Int4", "nvfp4": "nvidia/{base}-NVFP4"}
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+=:,./-_")
+
+
+def checkpoint_name(model: Model, fmt: WeightFormat) -> str:
+    """What to give an engine as the model: a repository, or the folder that `qwen-quant` writes."""
+    if fmt.name in ("bf16", "checkpoint") or fmt.name == model.stored:
+        return model.repo
+    base = model.repo.rstrip("/").rsplit("/", 1)[-1]
+    if fmt.releases and fmt.is_released(model):
+        return _PUBLISHED[fmt.name].format(repo=model.repo, base=base)
+    return f"./{base}-{fmt.name}"
+
+
+def rope_overrides(model: Model, ctx_tokens: int) -> dict[str, object] | None:
+    """Changes to config.json that reach a context, None where it needs none."""
+    rope = model.yarn_rope(ctx_tokens)
+    if rope is None:
+        return None
+    return (
+        {"rope_parameters": rope} if model.architecture == "qwen3_next" else {"text_config": {"rope_parameters": rope}}
+    )
+
+
+def compact_json(value: object) -> str:
+    from json import dumps
+
+    return dumps(value, separators=(",", ":"))
+
+
+def shell_line(words: Iterable[object]) -> str:
+    """Words as one line for a POSIX shell. (`shlex` would do; it costs a plan the import of `re`.)"""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if word and _PLAIN.issuperset(word):
+        return word
+    return "'" + word.replace("'", "'\"'\"'") + "'"

@@ -1,0 +1,221 @@
+"""Which part of a model llama.cpp puts on which device, and what each device takes whatever the context.
+
+- `llama-model.cpp` `load_tensors`: with every layer offloaded token_embd still stays in host memory; where it is also
+  the output it is loaded a second time. The last device holds the output. `-ts` counts layers: a device gets as many
+  as its number says, the output counting as one more layer, and the cache follows its layers.
+- `tools/mtmd/clip.cpp`: the vision tower is a file of its own and goes to the first device, with a compute buffer that
+  grows with the largest image; one of 46 x 46 tokens is reserved at boot, 4096 tokens are the most.
+- `ggml-cuda/fattn.cu`, `ggml-metal-ops.cpp`: flash attention in prefill makes room for K and V of one layer in f16, on
+  CUDA and HIP where the cache is no f16, on Metal always.
+- `ggml-cpu/repack.cpp`: a CPU rearranges the matrices of some types into a second copy; the first stays in the page cache.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...profiles.device import Device
+from ...profiles.formats import WeightFormat, pieces
+from ...profiles.model import Model, Vision
+from ..memory import Amount, estimated, exactly
+from ..weights import WeightTable, weight_table
+from .llamacpp_cache import cell_bytes, layer_state_bytes
+from .llamacpp_compute import HOST_ALIGNMENT, PIPELINE_COPIES, Place
+
+MIB = 1 << 20
+REPACKED_TYPES = frozenset(("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"))  # x86 with AVX2, ARM with dot products
+WARM_UP_IMAGE_TOKENS = 46 * 46
+MAX_IMAGE_TOKENS = 4096
+BALANCED_AT_TOKENS = 32768  # layers are dealt out with a cache of so many tokens on them
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One of ggml's backends, and what it takes beside the buffers that the engine names."""
+
+    name: str
+    runtime: Amount  # driver context, kernels, memory pools
+    f16_cache: str = "never"  # whether flash attention makes room for an f16 copy: never, quantized, always
+    partial_rows: bool = False
+    pipelines: bool = False  # asynchronous copies and events: layers on several devices run as a pipeline
+
+
+# Measured rest between nvidia-smi and the engine's buffers in public logs: 0.25 to 0.6 GiB on CUDA (RTX 3090, 4090, L4);
+# the others are estimated from their drivers' footprints.
+BACKENDS = {
+    "cuda": Backend("CUDA", estimated(230 * MIB, 420 * MIB, 720 * MIB), "quantized", pipelines=True),
+    "hip": Backend("ROCm", estimated(250 * MIB, 500 * MIB, 900 * MIB), "quantized", pipelines=True),
+    "vulkan": Backend("Vulkan", estimated(120 * MIB, 300 * MIB, 700 * MIB), pipelines=True),
+    "metal": Backend("Metal", estimated(40 * MIB, 120 * MIB, 350 * MIB), "always", partial_rows=True),
+    "cpu": Backend("CPU", estimated(40 * MIB, 90 * MIB, 250 * MIB)),
+}
+_BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip", "intel": "vulkan", "apple": "metal", "cpu": "cpu"}
+
+
+def backend_of(device: Device) -> Backend:
+    """CUDA, ROCm, Metal, or Vulkan for the rest: what the vendor's own build would use."""
+    return BACKENDS[_BACKEND_OF_VENDOR.get(device.vendor, "vulkan")]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one device holds of the model. Bytes that do not depend on context or sequences."""
+
+    device: Device
+    backend: Backend
+    first_layer: int
+    layers: int
+    weights_bytes: int  # routed experts included
+    experts: tuple[int, ...]  # bytes of the routed experts of each of its layers
+    repacked_bytes: int  # second copy on a CPU
+    cell_bytes: int  # one cell in all its attention layers, the draft's too
+    state_bytes: int  # one state in all its Gated DeltaNet layers
+    place: Place  # with inputs held once
+    draft: Place | None  # of the context of multi-token prediction, where it is here
+    vision: Amount  # compute buffer of the vision tower, where it is here
+
+    @property
+    def whole(self) -> bool:
+        return self.place.begin == "whole"
+
+
+@lru_cache(maxsize=4096)
+def shares(
+    model: Model,
+    fmt: WeightFormat,
+    devices: tuple[Device, ...],
+    k_type: str,
+    v_type: str,
+    mtp: bool,
+    vision: bool,
+    image_tokens: int | None,
+) -> tuple[Share, ...]:
+    """One share per device, layers dealt out so that every device is filled to the same fraction."""
+    table = weight_table(model, fmt, 1)
+    cell = cell_bytes(model, k_type, v_type)
+    counts = _layer_counts(model, table, devices, cell, mtp, table.vision if vision else 0)
+    quantized = k_type != "f16" or v_type != "f16"
+    found: list[Share] = []
+    first = 0
+    for index, device in enumerate(devices):
+        last = index == len(devices) - 1
+        layers = range(first, first + counts[index])
+        attention = sum(model.layer_types[layer] == "full_attention" for layer in layers)
+        backend = backend_of(device)
+        weights = sum(table.layers[layer] + table.experts[layer] for layer in layers)
+        if last:
+            weights += table.norm + (table.lm_head or table.embedding)
+            weights += table.mtp + table.mtp_experts if mtp else 0
+        if backend.name == "CPU":
+            weights += table.embedding if table.lm_head else 0
+        if vision and index == 0:
+            weights += table.vision
+        found.append(
+            Share(
+                device=device,
+                backend=backend,
+                first_layer=first,
+                layers=len(layers),
+                weights_bytes=weights,
+                experts=tuple(table.experts[layer] for layer in layers),
+                repacked_bytes=_repacked_bytes(model, fmt, mtp) if backend.name == "CPU" else 0,
+                cell_bytes=cell * (attention + (1 if mtp and last else 0)),
+                state_bytes=layer_state_bytes(model) * (len(layers) - attention),
+                place=_place(backend, index, last, quantized),
+                draft=_draft_place(backend, quantized) if mtp and last else None,
+                vision=_vision_scratch(model.vision, image_tokens) if vision and index == 0 else exactly(0),
+            )
+        )
+        first += counts[index]
+    return tuple(found)
+
+
+def pipelined(place: Place) -> Place:
+    """The same place where inputs are kept once per batch in flight."""
+    return Place(
+        place.begin, place.output, PIPELINE_COPIES, place.alignment, place.f16_cache, place.partial_rows
+    )
+
+
+def _place(backend: Backend, index: int, last: bool, quantized: bool) -> Place:
+    if backend.name == "CPU":
+        return Place("whole", alignment=HOST_ALIGNMENT)
+    begin = "first" if index == 0 else "next"
+    return Place(begin, last, f16_cache=_copies_cache(backend, quantized), partial_rows=backend.partial_rows)
+
+
+def _draft_place(backend: Backend, quantized: bool) -> Place:
+    if backend.name == "CPU":
+        return Place("draft", alignment=HOST_ALIGNMENT)
+    copies_cache = _copies_cache(backend, quantized)
+    return Place("draft on device", f16_cache=copies_cache, partial_rows=backend.partial_rows)
+
+
+def _copies_cache(backend: Backend, quantized: bool) -> bool:
+    return backend.f16_cache == "always" or (backend.f16_cache == "quantized" and quantized)
+
+
+@lru_cache(maxsize=4096)
+def _repacked_bytes(model: Model, fmt: WeightFormat, mtp: bool) -> int:
+    parts = ("text", "mtp") if mtp else ("text",)
+    return sum(
+        piece.bytes
+        for piece in pieces(model, fmt)
+        if piece.part in parts and piece.role != "embedding" and piece.storage.name in REPACKED_TYPES
+    )
+
+
+def largest_expert_tensor_bytes(model: Model, fmt: WeightFormat) -> int:
+    """What a GPU copies at once of the experts that lie in host memory, for batches of 32 tokens and more
+    (`op_offload`; ggml-backend.cpp starts a new split per weight, so the copies take turns)."""
+    routed = [piece for piece in pieces(model, fmt) if piece.part == "text" and piece.role.startswith("experts.")]
+    return max((piece.bytes // max(1, len(piece.layers)) for piece in routed), default=0)
+
+
+def _vision_scratch(vision: Vision | None, image_tokens: int | None) -> Amount:
+    """20/3 values of the tower's width per patch: 122,944 bytes per token of the 1152-wide tower, 79,936 of the
+    768-wide one, as `mtmd_get_memory_usage` says (b11434)."""
+    if vision is None:
+        return exactly(0)
+    per_token = 4 * vision.spatial_merge_size**2 * (20 * vision.hidden_size / 3 + 4)
+    largest = max(WARM_UP_IMAGE_TOKENS, min(image_tokens or MAX_IMAGE_TOKENS, MAX_IMAGE_TOKENS))
+    return estimated(WARM_UP_IMAGE_TOKENS * per_token, largest * per_token, 1.1 * largest * per_token)
+
+
+@lru_cache(maxsize=4096)
+def _layer_counts(
+    model: Model, table: WeightTable, devices: tuple[Device, ...], cell: int, mtp: bool, vision_bytes: int
+) -> tuple[int, ...]:
+    """Layers per device, in order: the fullest device is as empty as whole layers allow."""
+    if len(devices) == 1:
+        return (model.num_layers,)
+    cache = cell * BALANCED_AT_TOKENS
+    loads = [
+        table.layers[layer] + table.experts[layer] + (cache if kind == "full_attention" else layer_state_bytes(model))
+        for layer, kind in enumerate(model.layer_types)
+    ]
+    tail = table.lm_head or table.embedding
+    tail += table.mtp + table.mtp_experts + cache if mtp else 0
+    rooms = [device.usable_bytes - backend_of(device).runtime.mid for device in devices]
+    low, high = 0.0, (sum(loads) + tail + vision_bytes) / max(1, min(rooms))
+    for _ in range(40):
+        middle = (low + high) / 2
+        if sum(_dealt(loads, rooms, middle, vision_bytes, tail)) >= len(loads):
+            high = middle
+        else:
+            low = middle
+    counts = _dealt(loads, rooms, high, vision_bytes, tail)
+    counts[-1] = len(loads) - sum(counts[:-1])
+    return tuple(counts)
+
+
+def _dealt(loads: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> list[int]:
+    """How many layers each device takes when none may be filled beyond a fraction of its room."""
+    counts = [0] * len(rooms)
+    layer = 0
+    for index, room in enumerate(rooms):
+        left = fraction * room - (head if index == 0 else 0) - (tail if index == len(rooms) - 1 else 0)
+        while layer < len(loads) and loads[layer] <= left:
+            left -= loads[layer]
+            counts[index] += 1
+            layer += 1
+    return counts

@@ -1,0 +1,44 @@
+"""What the kernels of vLLM and SGLang can do on a device, as far as it is the same for both."""
+
+from functools import lru_cache
+
+from ...profiles.device import Device
+from ...profiles.formats import WeightFormat
+from ...profiles.model import Model
+
+
+def capability(device: Device) -> tuple[int, int]:
+    """CUDA compute capability as numbers, (0, 0) for what has none."""
+    major, _, minor = named_capability(device).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def named_capability(device: Device) -> str:
+    """8.6, gfx1100, or none."""
+    return device.compute_capability or "none"
+
+
+def is_fp4(fmt: WeightFormat) -> bool:
+    return fmt.name.startswith("nvfp4")
+
+
+@lru_cache(maxsize=4096)
+def warnings(engine: str, devices: tuple[Device, ...], model: Model, fmt: WeightFormat) -> tuple[str, ...]:
+    """What works, and not as one may expect."""
+    found: list[str] = []
+    if len(set(devices)) > 1:
+        found.append("unlike devices: the smallest decides the cache of all, and the slowest the speed of all")
+    for device in dict.fromkeys(devices):
+        if device.vendor == "intel":
+            found.append(f"{engine} on Intel GPUs: what it takes beside weights and cache was not checked on hardware")
+        if device.vendor != "nvidia":
+            continue
+        if capability(device) < (8, 0):
+            found.append(f"{device.title} has no bf16: {engine} computes in float16 there")
+        if fmt.name == "fp8" and capability(device) < (8, 9):
+            found.append(f"{device.title} has no fp8 arithmetic: weights only (Marlin), at bf16's compute speed")
+        if is_fp4(fmt) and capability(device) < (10, 0):
+            found.append(f"{device.title} has no fp4 arithmetic: weights only (Marlin)")
+    if not fmt.is_released(model):
+        found.append(f"nobody published {model.name} as {fmt.name}: its size is what the publisher's rule would give")
+    return tuple(found)

@@ -1,0 +1,272 @@
+"""The answer: plans for one request, best first, each with its memory, its limits and its launch line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..profiles.device import Device
+from ..profiles.model import Model
+from .engines.engine import Allocation, DeviceShare, Estimate, Setup
+from .memory import Amount, Memory
+from .quality import divergence
+from .request import Request
+
+MAX_CTX_TOKENS = 1_010_000  # Qwen's own recipe: YaRN factor 4 over 262,144 native tokens
+MAX_SEQS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest context at the asked number of sequences, and the most sequences at the asked context."""
+
+    max_ctx_tokens: int
+    max_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change, whether the plan fits with it, and what it does to the tightest device."""
+
+    change: str
+    fits: bool
+    effect: str
+    saves_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An engine that was not considered, and why."""
+
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class EnginePlan:
+    """One engine, one weight format, one cache type: what it takes and how to start it."""
+
+    engine: str
+    setup: Setup
+    estimate: Estimate
+    ctx_tokens: int
+    seqs: int
+    notes: tuple[str, ...] = ()  # warnings that no engine needs to know about: rope scaling and the like
+
+    @property
+    def engine_version(self) -> str:
+        return self.setup.version
+
+    @property
+    def weights(self) -> str:
+        return self.setup.weights.name
+
+    @property
+    def kv_dtype(self) -> str:
+        return self.setup.kv_dtype
+
+    @property
+    def state_dtype(self) -> str:
+        return self.setup.state_dtype
+
+    @property
+    def tp(self) -> int:
+        return self.setup.tp
+
+    @property
+    def pp(self) -> int:
+        return self.setup.pp
+
+    @property
+    def mtp(self) -> int:
+        return self.setup.mtp
+
+    @property
+    def vision(self) -> bool:
+        return self.setup.vision
+
+    @cached_property
+    def shortfall_bytes(self) -> int:
+        return self.estimate.shortfall_bytes(self.ctx_tokens, self.seqs)
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        return self.estimate.allocate(self.ctx_tokens, self.seqs)
+
+    @property
+    def fits(self) -> bool:
+        return self.shortfall_bytes <= 0
+
+    @cached_property
+    def tight(self) -> bool:
+        """It fits at the expected figure, and not at the upper end of the interval."""
+        if not self.fits:
+            return False
+        return any(share.memory.total.high > share.usable_bytes for share in self.devices)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return self.allocation.reasons
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        return self.notes + self.allocation.warnings
+
+    @property
+    def devices(self) -> tuple[DeviceShare, ...]:
+        return self.allocation.devices
+
+    @property
+    def host(self) -> Memory:
+        return self.allocation.host
+
+    @property
+    def detail(self) -> dict[str, object]:
+        return dict(self.allocation.detail)
+
+    @cached_property
+    def divergence(self) -> float:
+        """Expected KL divergence from the bf16 model, for ranking."""
+        return divergence(self.setup.weights.divergence, self.setup.kv_dtype, self.setup.state_dtype)
+
+    @cached_property
+    def limits(self) -> Limits:
+        ceiling = max(MAX_CTX_TOKENS, self.ctx_tokens)
+        return Limits(
+            _largest(lambda ctx_tokens: self.estimate.shortfall_bytes(ctx_tokens, self.seqs) <= 0, ceiling),
+            _largest(lambda seqs: self.estimate.shortfall_bytes(self.ctx_tokens, seqs) <= 0, max(MAX_SEQS, self.seqs)),
+        )
+
+    @cached_property
+    def command(self) -> str:
+        return self.estimate.command(self.ctx_tokens, self.seqs)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "engine": self.engine,
+            "engine_version": self.engine_version,
+            "weights": self.weights,
+            "kv_dtype": self.kv_dtype,
+            "state_dtype": self.state_dtype,
+            "tp": self.tp,
+            "pp": self.pp,
+            "mtp": self.mtp,
+            "vision": self.vision,
+            "fits": self.fits,
+            "tight": self.tight,
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "devices": [_share_json(share) for share in self.devices],
+            "host": {"memory": _memory_json(self.host), "interval": _interval_json(self.host)},
+            "limits": {"max_ctx_tokens": self.limits.max_ctx_tokens, "max_seqs": self.limits.max_seqs},
+            "speed": None,
+            "energy": None,
+            "quality": {"divergence": self.divergence, "basis": "estimated"},
+            "detail": self.detail,
+            "command": self.command,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that is known about one request."""
+
+    request: Request
+    model: Model
+    devices: tuple[Device, ...]
+    plans: tuple[EnginePlan, ...]  # best first: sure fits, tight fits, then what does not fit, nearest first
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def best(self) -> EnginePlan:
+        return self.plans[0]
+
+    @property
+    def fits(self) -> bool:
+        return self.best.fits
+
+    @cached_property
+    def advice(self) -> tuple[Advice, ...]:
+        """What to change where the best plan does not fit, or only just does."""
+        from .advice import advise  # it plans again itself, so it stands above this file
+
+        return advise(self)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema": 1,
+            "request": _request_json(self),
+            "fits": self.fits,
+            "plans": [plan.to_json() for plan in self.plans],
+            "advice": [
+                {
+                    "change": advice.change,
+                    "fits": advice.fits,
+                    "effect": advice.effect,
+                    "saves_bytes": advice.saves_bytes,
+                }
+                for advice in self.advice
+            ],
+            "skipped": [{"engine": skipped.engine, "reason": skipped.reason} for skipped in self.skipped],
+        }
+
+
+def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
+    """The largest n in 0..ceiling for which `fits(n)`; `fits` never turns true again once false."""
+    if not fits(1):
+        return 0
+    if fits(ceiling):
+        return ceiling
+    low, high = 1, ceiling
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _memory_json(memory: Memory) -> dict[str, int]:
+    parts = {f"{name}_bytes": amount.mid for name, amount in memory.parts.items()}
+    return {**parts, "total_bytes": sum(parts.values())}
+
+
+def _interval_json(memory: Memory) -> dict[str, object]:
+    amounts = {**memory.parts, "total": memory.total}
+    return {f"{name}_bytes": _amount_json(amount) for name, amount in amounts.items()}
+
+
+def _amount_json(amount: Amount) -> dict[str, object]:
+    basis = "exact" if amount.exact else "estimated"
+    return {"low": amount.low, "mid": amount.mid, "high": amount.high, "basis": basis}
+
+
+def _share_json(share: DeviceShare) -> dict[str, object]:
+    return {
+        "name": share.device.name,
+        "capacity_bytes": share.device.memory_bytes,
+        "usable_bytes": share.usable_bytes,
+        "free_bytes": share.free_bytes,
+        "memory": _memory_json(share.memory),
+        "interval": _interval_json(share.memory),
+    }
+
+
+def _request_json(plan: Plan) -> dict[str, object]:
+    request, best = plan.request, plan.best
+    options = request.options
+    return {
+        "model": plan.model.name,
+        "devices": [device.name for device in plan.devices],
+        "ctx_tokens": request.ctx_tokens,
+        "seqs": request.seqs,
+        "engine": request.engine,
+        "weights": request.weights,
+        "kv_dtype": request.kv_dtype,
+        "state_dtype": request.state_dtype or best.state_dtype,
+        "mtp": request.mtp,
+        "vision": best.vision,
+        "tp": request.tp,
+        "pp": request.pp,
+        "options": {name: getattr(options, name) for name in options.__slots__},
+    }

@@ -1,0 +1,36 @@
+"""What is asked: a model, devices, a context and a number of sequences, and whatever the asker wants fixed."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of the engines that change memory. None: the engine's default, or the planner's choice."""
+
+    gpu_memory_utilization: float | None = None  # vLLM; SGLang calls it mem_fraction_static
+    max_num_batched_tokens: int | None = None  # vLLM; SGLang: chunked_prefill_size
+    ubatch_tokens: int | None = None  # llama.cpp -ub
+    prefix_caching: bool = True
+    cuda_graphs: bool = True
+    image_tokens: int | None = None  # largest image, in tokens; None: the model's own limit
+    offload_experts: bool | None = None  # routed experts in host memory; None: only where nothing else fits
+    host_memory_bytes: int | None = None  # None: not known, host memory is reported and not judged
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to the planner. Names are the command's; `docs` and CONTRACT give their spelling."""
+
+    model: str = "qwen3.5-9b"
+    devices: tuple[str, ...] = ()
+    ctx_tokens: int = 32768
+    seqs: int = 1
+    engine: str | None = None  # "vllm", "vllm@0.31"
+    weights: str | None = None
+    kv_dtype: str | None = None
+    state_dtype: str | None = None
+    mtp: int = 0
+    vision: bool | None = None  # None: as the engine loads the model by default
+    tp: int | None = None
+    pp: int | None = None
+    options: Options = field(default_factory=Options)

@@ -1,0 +1,1 @@
+"""The way to a smaller checkpoint. Empty for now: the planner came first."""

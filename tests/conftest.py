@@ -1,0 +1,164 @@
+"""Hand-made answers for the renderings (real classes, invented bytes), and the command itself."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from qwenfit.planner.engines.engine import Allocation, DeviceShare, Setup
+from qwenfit.planner.memory import Memory, estimated, exactly
+from qwenfit.planner.plan import Advice, EnginePlan, Plan, Skipped
+from qwenfit.planner.request import Options, Request
+from qwenfit.profiles.device import Device
+
+GIB = 1 << 30
+SCREEN_VARIABLES = (
+    "COLUMNS",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "TERM",
+    "QWENFIT_DEBUG",
+    "GITHUB_STEP_SUMMARY",
+    "GITHUB_OUTPUT",
+)
+
+
+class Run(NamedTuple):
+    """What one call of the command came to."""
+
+    status: int
+    stdout: str
+    stderr: str
+    cpu_s: float
+
+
+def made_device(**changes: Any) -> Device:
+    facts: dict[str, Any] = {
+        "name": "rtx3060",
+        "title": "NVIDIA GeForce RTX 3060",
+        "vendor": "nvidia",
+        "architecture": "ampere",
+        "kind": "discrete",
+        "memory_bytes": 12 * GIB,
+        "usable_bytes": 12 * GIB - 384 * (1 << 20),
+        "memory_bandwidth_bytes_per_s": 360_000_000_000,
+        "flops_per_s": {"bf16": 51_000_000_000_000},
+        "source": "invented",
+        "checked": "2026-11-22",
+    }
+    return Device(**{**facts, **changes})
+
+
+class MadeEstimate:
+    """Weights and a cache of 32 KiB per token and sequence."""
+
+    def __init__(self, devices: tuple[Device, ...], weights_bytes: int, command: str, **told: Any) -> None:
+        self.devices, self.weights_bytes, self.line, self.told = devices, weights_bytes, command, told
+
+    def memory(self, ctx_tokens: int, seqs: int) -> Memory:
+        return Memory(
+            weights=exactly(self.weights_bytes),
+            kv_cache=exactly(17408 * ctx_tokens * seqs),
+            recurrent_state=exactly(52_690_944 * seqs),
+            activation=estimated(0.40 * GIB, 0.50 * GIB, 0.62 * GIB),
+            runtime=estimated(0.20 * GIB, 0.31 * GIB, 0.45 * GIB),
+        )
+
+    def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
+        total_bytes = self.memory(ctx_tokens, seqs).total.mid
+        return max(total_bytes - device.usable_bytes for device in self.devices)
+
+    def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
+        memory = self.memory(ctx_tokens, seqs)
+        shares = tuple(DeviceShare(device, device.usable_bytes, memory) for device in self.devices)
+        missing = self.shortfall_bytes(ctx_tokens, seqs)
+        reasons = (f"{missing / GIB:.2f} GiB short on {self.devices[0].name}",) if missing > 0 else ()
+        return Allocation(
+            shares, self.told.get("host", Memory()), reasons, self.told.get("warnings", ()), {"cells": ctx_tokens}
+        )
+
+    def command(self, ctx_tokens: int, seqs: int) -> str:
+        return self.line.format(ctx=ctx_tokens, seqs=seqs)
+
+
+def made_engine_plan(
+    engine: str, weights: str, weights_bytes: int, device: Device, request: Request, **told: Any
+) -> EnginePlan:
+    devices = (device,) * told.pop("count", 1)
+    fmt: Any = SimpleNamespace(name=weights, divergence=0.05)
+    model: Any = made_model()
+    kv_dtype = told.pop("kv_dtype", "q8_0")
+    command = told.pop("command", "llama-server -m model.gguf -c {ctx} -np {seqs} -ctk q8_0 -ctv q8_0 -ngl 99")
+    setup = Setup(model, fmt, devices, "b11434", kv_dtype, "float32", 1, len(devices), 0, False, Options())
+    estimate = MadeEstimate(devices, weights_bytes, command, **told)
+    return EnginePlan(engine, setup, estimate, request.ctx_tokens, request.seqs)
+
+
+def made_model() -> Any:
+    return SimpleNamespace(name="qwen3.5-9b", native_context_tokens=262144)
+
+
+def made_plan(ctx_tokens: int = 262144, *, advice: tuple[Advice, ...] = (), **told: Any) -> Plan:
+    """Two plans that fit at 262,144 tokens, one that does not, and an engine that was skipped."""
+    request = told.pop("request", None) or Request(devices=("rtx3060",), ctx_tokens=ctx_tokens)
+    device = told.pop("device", None) or made_device()
+    count = told.get("count", 1)
+    plans = (
+        made_engine_plan("llama.cpp", "q4_k_m", int(5.16 * GIB), device, request, **told),
+        made_engine_plan("ollama", "q4_0", int(5.0 * GIB), device, request, command="ollama serve", count=count),
+        made_engine_plan("vllm", "int4", int(9.05 * GIB), device, request, kv_dtype="fp8", command="vllm serve x"),
+    )
+    answer = Plan(request, made_model(), (device,) * count, plans, (Skipped("mlx", "MLX runs on Apple silicon only"),))
+    vars(answer)["advice"] = advice
+    return answer
+
+
+@pytest.fixture
+def fitting() -> Plan:
+    return made_plan()
+
+
+@pytest.fixture
+def failing() -> Plan:
+    advice = (
+        Advice("KV cache in q4_0", True, "saves 4.00 GiB: 0.40 GiB to spare", 4 * GIB),
+        Advice("text only (no vision tower)", False, "saves 0.85 GiB: still 2.75 GiB short", GIB),
+    )
+    return made_plan(600_000, advice=advice)
+
+
+@pytest.fixture
+def qwen_plan() -> Callable[..., Run]:
+    """Runs the command in a process of its own, and says how much CPU time it took."""
+
+    def run(*arguments: str, env: Mapping[str, str] | None = None, cwd: str | Path | None = None) -> Run:
+        clean = {name: value for name, value in os.environ.items() if name not in SCREEN_VARIABLES}
+        before = _children_cpu_s()
+        done = subprocess.run(
+            [sys.executable, "-m", "qwenfit.cli.plan", *arguments],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            env={**clean, "PYTHONIOENCODING": "utf-8", **(env or {})},
+            cwd=cwd,
+            timeout=60,
+        )
+        spent_s = _children_cpu_s() - before
+        return Run(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), spent_s)
+
+    return run
+
+
+def _children_cpu_s() -> float:
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
+@pytest.fixture
+def made() -> SimpleNamespace:
+    """The makers of these answers, for a test that wants another one."""
+    return SimpleNamespace(plan=made_plan, device=made_device)

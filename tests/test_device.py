@@ -1,0 +1,196 @@
+"""Look-ups of devices: names, spellings, aliases, lists of devices, and sentences for everything else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenfit.profiles import BadInput, QwenfitError, UnknownName, device, devices, devices_of
+
+NAMES = [entry.name for entry in devices()]
+
+
+def test_a_look_up_returns_one_object_per_name() -> None:
+    assert device("rtx3060") is device("RTX 3060") is device("nvidia geforce rtx 3060")
+    assert device("rtx3060") in devices()
+    assert devices() is devices()
+
+
+def test_every_name_finds_its_device() -> None:
+    for entry in devices():
+        assert device(entry.name) is entry
+        assert device(entry.name.upper().replace("-", " ")) is entry
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("4090", "rtx4090"),
+        ("1080ti", "gtx1080ti"),
+        ("7900 XTX", "rx7900xtx"),
+        ("5070 Ti", "rtx5070ti"),
+        ("a100-80g", "a100-80gb"),
+        ("A100 80GB", "a100-80gb"),
+        ("RTX 5080 16GB", "rtx5080"),
+        ("rtx 3090 24 gb", "rtx3090"),
+        ("rtx3060-12gb", "rtx3060"),
+        ("H200", "h200-sxm"),
+        ("dgx spark", "dgx-spark"),
+        ("Strix_Halo 128GB", "strix-halo-128gb"),
+        ("a6000", "rtxa6000"),
+        # What NVML, ROCm and Metal call them.
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", "rtx4060-laptop"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("NVIDIA GB10", "dgx-spark"),
+        ("NVIDIA Thor", "jetson-thor"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000"),
+        ("AMD Radeon RX 7900 XTX", "rx7900xtx"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Radeon AI PRO R9700", "r9700"),
+        ("Intel(R) Arc(TM) B580 Graphics", "arc-b580"),
+    ],
+)
+def test_sensible_spellings(typed: str, name: str) -> None:
+    assert device(typed).name == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "which"),
+    [
+        ("h100", "h100-pcie, h100-sxm or h100-nvl"),
+        ("H100 80GB", "h100-pcie, h100-sxm or h100-nvl"),
+        ("a100", "a100-40gb or a100-80gb"),
+        ("m1", "m1-8gb or m1-16gb"),
+        ("Apple M2 Max", "m2-max-32gb, m2-max-64gb or m2-max-96gb"),
+        ("4060 ti", "rtx4060ti-8gb or rtx4060ti-16gb"),
+        ("a770", "arc-a770-8gb or arc-a770-16gb"),
+        ("strix-halo", "strix-halo-32gb, strix-halo-64gb, strix-halo-96gb or strix-halo-128gb"),
+    ],
+)
+def test_a_name_of_several_devices_asks_which(typed: str, which: str) -> None:
+    with pytest.raises(UnknownName, match="say which, " + which):
+        device(typed)
+
+
+def test_an_unknown_name_gets_three_similar_ones_and_the_command_that_lists_all() -> None:
+    with pytest.raises(UnknownName) as caught:
+        device("rtx3061")
+    assert str(caught.value) == (
+        "no device is called 'rtx3061'; did you mean rtx3060, rtx3060ti or rtx5060? `qwen-plan devices` lists all"
+    )
+
+
+def test_a_wrong_size_is_named() -> None:
+    with pytest.raises(UnknownName, match=r"rtx4080 has 16 GB, not 24; .*`like: rtx4080`"):
+        device("rtx4080-24gb")
+
+
+@pytest.mark.parametrize("typed", ["", " ", "zzz", "-", "gb", "x" * 10**6, "\0", "rtx\n3060x", "🙂"])
+def test_nonsense_is_one_short_line(typed: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        device(typed)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("rtx3090", ["rtx3090"]),
+        ("2xrtx3090", ["rtx3090"] * 2),
+        ("8xh100-sxm", ["h100-sxm"] * 8),
+        ("rtx4090,rtx3060", ["rtx4090", "rtx3060"]),
+        ("2xrtx3090,rtx4090", ["rtx3090", "rtx3090", "rtx4090"]),
+        (" 2 x RTX 3090 , 4090 ", ["rtx3090", "rtx3090", "rtx4090"]),
+        ("2Xrx7900xtx", ["rx7900xtx"] * 2),
+        ("2×rtx3090", ["rtx3090"] * 2),
+        ("rx7900xtx", ["rx7900xtx"]),
+        ("4090", ["rtx4090"]),
+        ("2xmax-1550", ["max-1550"] * 2),
+    ],
+)
+def test_lists_of_devices(spec: str, names: list[str]) -> None:
+    assert [entry.name for entry in devices_of(spec)] == names
+
+
+def test_the_devices_of_a_box_are_one_object_per_name() -> None:
+    first, second = devices_of("2xrtx3090")
+    assert first is second is device("rtx3090")
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("0xrtx3090", "between 1 and 1024"),
+        ("-1xrtx3090", "between 1 and 1024"),
+        ("1025xt4", "between 1 and 1024"),
+        ("9" * 5000 + "xt4", "between 1 and 1024"),
+        ("600xt4,600xt4", "more than 1024 devices"),
+        ("2x", "a device's name must follow the x"),
+        ("", "is empty"),
+        ("rtx3090,", "has an empty part"),
+        (",", "has an empty part"),
+        ("t4," * 10**5, "too long"),
+    ],
+)
+def test_bad_lists_say_what_is_wrong(spec: str, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence) as caught:
+        devices_of(spec)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("spec", ["xrtx", "3.5xrtx3090", "rtx3090x2", "4*rtx3090", "²xrtx3090", "١xrtx3090", "1e3xt4"])
+def test_what_only_looks_like_a_count_is_a_wrong_name(spec: str) -> None:
+    with pytest.raises(UnknownName):
+        devices_of(spec)
+
+
+def test_1024_devices_fit_a_box() -> None:
+    assert len(devices_of("1000xt4,24xl4")) == 1024
+
+
+@given(
+    st.one_of(
+        st.text(max_size=60),
+        st.text(alphabet="0123456789xX,- rtxamgb./\\~", max_size=40),
+        st.lists(st.sampled_from([*NAMES[:20], "2x", "0x", "x", "gb", "-", " "]), max_size=5).map(",".join),
+    )
+)
+def test_any_text_is_devices_or_a_sentence(spec: str) -> None:
+    try:
+        found = devices_of(spec)
+    except QwenfitError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert 1 <= len(found) <= 1024
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.sampled_from(NAMES)), min_size=1, max_size=8))
+def test_counts_and_names_come_back(parts: list[tuple[int, str]]) -> None:
+    spec = ",".join(f"{count}x{name}" for count, name in parts)
+    assert [entry.name for entry in devices_of(spec)] == [name for count, name in parts for _ in range(count)]
+
+
+def test_files_and_names_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my, own.yaml").write_text("like: rtx3080\nmemory_gib: 20\n", encoding="utf-8")
+    Path("mod.yml").write_text("like: rtx3080\nmemory_gib: 20\n", encoding="utf-8")
+    assert [entry.name for entry in devices_of("2xmod.yml,rtx3080")] == ["mod", "mod", "rtx3080"]
+    assert devices_of("my, own.yaml")[0].memory_bytes == 20 << 30
+
+
+def test_a_look_up_imports_no_yaml_and_no_pydantic() -> None:
+    script = (
+        "import sys; before = set(sys.modules); from qwenfit.profiles import device; device('rtx3060'); "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not {"yaml", "pydantic", "difflib", "pathlib", "importlib.resources", "hashlib"} & set(done.stdout.split())
