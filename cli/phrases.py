@@ -144,7 +144,10 @@ def mid(amount: Amount) -> str:
 
 
 def sure(amount: Amount) -> str:
-    return "exact" if amount.exact else f"{amount.low / GIB:.2f} to {amount.high / GIB:.2f}"
+    low, high = f"{amount.low / GIB:.2f}", f"{amount.high / GIB:.2f}"
+    if amount.exact:
+        return "exact"
+    return "estimated" if low == high else f"{low} to {high}"
 
 
 def counted(number: int, noun: str) -> str:

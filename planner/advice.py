@@ -81,8 +81,8 @@ def _other_weights(answer: Plan, request: Request) -> Iterator[tuple[str, Reques
     from ..profiles.formats import checkpoint_bytes, weight_format
 
     if best.weights.startswith(("int4", "int8")) and "head" not in best.weights:
-        name = f"{best.weights}-head8-embed8"
-        yield f"lm_head and embeddings at 8 bit ({name})", variant(request, weights=name)
+        for what, suffix in (("lm_head and embeddings", "-head8-embed8"), ("lm_head", "-head8")):
+            yield f"{what} at 8 bit ({best.weights}{suffix})", variant(request, weights=best.weights + suffix)
     if answer.model.stored or not answer.request.weights:
         return  # the bytes are what they are, or the search has already been through every format
     module = engine_module(best.engine)

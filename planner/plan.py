@@ -51,6 +51,7 @@ class EnginePlan:
     ctx_tokens: int
     seqs: int
     notes: tuple[str, ...] = ()  # warnings that no engine needs to know about: rope scaling and the like
+    assumed_host_bytes: int | None = None  # host memory that was taken for granted
 
     @property
     def engine_version(self) -> str:
@@ -109,7 +110,14 @@ class EnginePlan:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        return self.notes + self.allocation.warnings
+        return self.notes + self._host_note() + self.allocation.warnings
+
+    def _host_note(self) -> tuple[str, ...]:
+        assumed = self.assumed_host_bytes
+        if assumed is None or self.host.weights.mid <= assumed // 8:
+            return ()
+        gib = assumed >> 30
+        return (f"host memory was not given and is taken to be {gib} GiB: say --host-ram for what this machine has",)
 
     @property
     def devices(self) -> tuple[DeviceShare, ...]:

@@ -15,6 +15,7 @@ from ..profiles.device import Device, devices_of
 from ..profiles.errors import BadInput, UnknownName, Unsupported
 from ..profiles.formats import WeightFormat, weight_format
 from ..profiles.model import Model, model
+from ..profiles.names import did_you_mean, quote
 from .engines.engine import Engine, Estimate, Setup
 from .plan import MAX_CTX_TOKENS, EnginePlan, Plan, Skipped
 from .quality import STATE_DIVERGENCE, divergence
@@ -31,6 +32,9 @@ ENGINE_MODULES = {
     "native": "native",
 }
 
+# Host memory where nobody said how much there is: a desktop's 64 GiB, or twice the devices' where those are large.
+ASSUMED_HOST_BYTES = 64 << 30
+
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
 
@@ -45,6 +49,7 @@ def plan(request: Request) -> Plan:
     devices = tuple(device for spec in request.devices for device in devices_of(spec))
     if not devices:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
+    _check_ranks(request, len(devices))
     plans: list[EnginePlan] = []
     skipped: list[Skipped] = []
     for module, version in _engines(request):
@@ -67,19 +72,26 @@ def _check(request: Request) -> None:
     if not 0 <= request.mtp <= 16:
         raise BadInput(f"{request.mtp} draft tokens: give 0 to 16")
     if request.state_dtype is not None and request.state_dtype not in STATE_DIVERGENCE:
-        raise UnknownName(f"no state type {request.state_dtype!r}: give float32 or bfloat16")
+        raise UnknownName(f"no state type {quote(request.state_dtype)}: give float32 or bfloat16")
     for name, value in (("tp", request.tp), ("pp", request.pp)):
         if value is not None and not 1 <= value <= 1024:
             raise BadInput(f"{name} of {value}: give 1 to 1024")
+
+
+def _check_ranks(request: Request, devices: int) -> None:
+    ranks = (request.tp or 1) * (request.pp or 1)
+    if ranks > devices:
+        raise Unsupported(
+            f"tp {request.tp or 1} x pp {request.pp or 1} needs {ranks} devices, and {devices} were given"
+        )
 
 
 @lru_cache
 def engine_module(name: str) -> ModuleType:
     """The engine's file. Imported when first asked for: a call pays for the engines that it considers."""
     if name not in ENGINE_MODULES:
-        from ..profiles.names import closest
-
-        raise UnknownName(f"no engine {name!r}{closest(name, ENGINE_MODULES)}; there are {', '.join(ENGINE_MODULES)}")
+        near = did_you_mean(name, ENGINE_MODULES)
+        raise UnknownName(f"no engine {quote(name)}: {near}there are {', '.join(ENGINE_MODULES)}")
     return import_module(f".engines.{ENGINE_MODULES[name]}", __package__)
 
 
@@ -102,7 +114,7 @@ def known_version(engine: Engine, version: str) -> str:
         return engine.default_version
     asked = version_key(version)
     if not asked:
-        raise UnknownName(f"{version!r} is no version of {engine.name}: write it like {engine.default_version}")
+        raise UnknownName(f"{quote(version)} is no version of {engine.name}: write it like {engine.default_version}")
     if asked < version_key(engine.versions[0])[: len(asked)]:
         raise UnknownName(
             f"{engine.name} {version} is older than the oldest whose rules are known ({engine.versions[0]})"
@@ -174,17 +186,27 @@ def _candidates(
 
 def _weight_names(module: ModuleType, request: Request, asked_model: Model, device: Device) -> tuple[str, ...]:
     if request.weights:
-        return (request.weights,)
+        return (_own_name(module, request.weights, asked_model, device),)
     if asked_model.stored:
         return (asked_model.stored,)
     return module.weight_formats(asked_model, device)
 
 
+def _own_name(module: ModuleType, name: str, asked_model: Model, device: Device) -> str:
+    """ "bf16" means unquantized whatever the file is called: an engine that reads GGUF has its own name for it."""
+    if name.strip().lower() != "bf16":
+        return name
+    own = (known for known in module.weight_formats(asked_model, device) if known.endswith("-bf16"))
+    return next(own, name)
+
+
 def _placements(engine: Engine, request: Request, asked_model: Model, devices: int) -> Iterator[tuple[int, int]]:
     """Ways to lay the model over that many devices, as (tp, pp), the preferred one first."""
     tp, pp = request.tp, request.pp
+    if engine.parallelism != "tensor" and tp not in (None, 1):
+        raise Unsupported(f"{engine.name} has no tensor parallelism: leave out --tp")
     if engine.parallelism == "layers":
-        yield 1, devices
+        yield 1, pp or devices
     elif engine.parallelism == "single":
         yield 1, 1
     elif tp or pp:
@@ -207,8 +229,10 @@ def _engine_plan(
     tp: int,
     pp: int,
 ) -> EnginePlan:
-    if tp * pp > len(devices):
-        raise Unsupported(f"tp {tp} x pp {pp} needs {tp * pp} devices, and {len(devices)} were given")
+    options, assumed = request.options, None
+    if options.host_memory_bytes is None and devices[0].kind == "discrete":
+        assumed = max(ASSUMED_HOST_BYTES, 2 * sum(device.memory_bytes for device in devices))
+        options = replace(options, host_memory_bytes=assumed)
     setup, estimate = _prepared(
         module,
         asked_model,
@@ -221,10 +245,10 @@ def _engine_plan(
         pp,
         request.mtp,
         bool(request.vision),
-        request.options,
+        options,
     )
     notes = _notes(asked_model, request.ctx_tokens)
-    return EnginePlan(module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes)
+    return EnginePlan(module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed)
 
 
 @lru_cache(maxsize=65536)

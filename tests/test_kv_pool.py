@@ -31,7 +31,9 @@ def test_the_example_of_the_contract() -> None:
 
 
 def test_defaults_are_those_of_the_engine() -> None:
-    assert kv_pool(pool_bytes=16 * GIB) == kv_pool("qwen3.5-9b", "vllm", "0.32", 1, "bf16", "float32", True, 0, 16 * GIB)
+    assert kv_pool(pool_bytes=16 * GIB) == kv_pool(
+        "qwen3.5-9b", "vllm", "0.32", 1, "bf16", "float32", True, 0, 16 * GIB
+    )
     old = kv_pool(version="0.24.0", pool_bytes=16 * GIB)
     assert old == kv_pool(version="0.24.0", prefix_caching=False, pool_bytes=16 * GIB)
     assert old.blocks_per_request == 500

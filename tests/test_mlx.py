@@ -57,9 +57,9 @@ def estimate(name: str = "qwen3.5-9b", weights: str = "mlx-4bit", mac: Device | 
 @pytest.mark.parametrize(("kv_dtype", "per_token"), [("bf16", 32768), ("8bit", 17408), ("4bit", 9216)])
 def test_cache_of_9b(kv_dtype: str, per_token: int) -> None:
     """8 layers x 4 heads x 512 elements at 2, 1.0625 and 0.5625 bytes (mlx-lm `QuantizedKVCache`), in steps of 256."""
-    allocation = estimate(kv_dtype=kv_dtype).allocate(1001, 1)
+    allocation = estimate(kv_dtype=kv_dtype).allocate(1100, 1)
     assert allocation.detail["kv_bytes_per_token"] == per_token
-    assert allocation.devices[0].memory.kv_cache.mid == 1024 * per_token
+    assert allocation.devices[0].memory.kv_cache.mid == 1280 * per_token
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_what_mlx_lm_does_not_have(told: dict[str, Any], word: str) -> None:
 
 def test_where_and_what_it_loads() -> None:
     mac, nine = made_mac(), model("qwen3.5-9b")
-    assert mlx.runs_on((mac,), "0.32.2") is None
-    assert "Apple" in (mlx.runs_on((made_mac(vendor="nvidia"),), "0.32.2") or "")
+    assert mlx.runs_on(mac, "0.32.2") is None
+    assert "Apple" in (mlx.runs_on(made_mac(vendor="nvidia"), "0.32.2") or "")
     for name in mlx.weight_formats(nine, mac):
         assert mlx.loads(nine, weight_format(name), mac, "0.32.2") is None
     for name in ("int4", "q4_k_m", "fp8", "nvfp4"):

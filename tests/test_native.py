@@ -120,16 +120,18 @@ def test_arena_of_9b() -> None:
 
 
 def test_where_it_runs() -> None:
-    assert native.runs_on((made_device(), CPU), "0.1") is None
+    assert native.runs_on(made_device(), "0.1") is None
+    assert native.runs_on(CPU, "0.1") is None
     for target in ("gfx942", "gfx950", "gfx1100", "gfx1201"):
-        assert native.runs_on((made_device(vendor="amd", compute_capability=target),), "0.1") is None
-    for changes, word in (
+        assert native.runs_on(made_device(vendor="amd", compute_capability=target), "0.1") is None
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"compute_capability": "7.0"}, "7.5"),
         ({"vendor": "amd", "compute_capability": "gfx1151"}, "gfx1151"),
         ({"vendor": "apple", "compute_capability": None}, "no kernels"),
         ({"vendor": "intel", "compute_capability": None}, "no kernels"),
-    ):
-        assert word in (native.runs_on((made_device(**changes),), "0.1") or "")
+    )
+    for changes, word in refused:
+        assert word in (native.runs_on(made_device(**changes), "0.1") or "")
     assert any(
         "Turing" in warning
         for warning in estimate(device=made_device(compute_capability="7.5")).allocate(1, 1).warnings

@@ -19,6 +19,10 @@ models = st.sampled_from(["0.8b", "4b", "9b", "27b", "35b-a3b", "qwen3.6-27b", "
 cards = st.sampled_from(["rtx3060", "rtx3090", "rtx4090", "t4", "l40s", "a100-80gb", "h100-sxm", "2xrtx3090"])
 
 
+def everywhere(allocation):
+    return sum(share.memory.total.mid for share in allocation.devices) + allocation.host.total.mid
+
+
 def answer_or_none(request):
     try:
         return plan(request).best
@@ -76,8 +80,8 @@ def test_more_context_or_more_sequences_never_takes_less(engine, model, card, a,
     estimate = few.estimate
     less, more = estimate.allocate(min(a, b), min(c, d)), estimate.allocate(many_tokens, many_seqs)
     assert estimate.shortfall_bytes(min(a, b), min(c, d)) <= estimate.shortfall_bytes(many_tokens, many_seqs)
-    for one, other in zip(less.devices, more.devices, strict=True):
-        assert one.memory.total.mid <= other.memory.total.mid
+    # routed experts may move from a device to the host as the cache grows: together they never shrink
+    assert everywhere(less) <= everywhere(more)
 
 
 @settings(max_examples=100, deadline=None)

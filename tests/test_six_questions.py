@@ -1,7 +1,7 @@
 """The six questions that sixteen published planners were asked, and the answers that they should have given.
 
-The expected figures are sums of published parts: 9B at 4 bit is 5.2 GiB in llama.cpp, its cache 32 KiB a token in 8 of 32
-layers, its recurrent state 50 MiB a sequence, 27B at 4 bit 15.2 to 16.3 GiB with 64 KiB a token.
+The expected figures are sums of published parts: 9B at 4 bit is 5.2 GiB in llama.cpp, its cache 32 KiB a token in 8 of
+32 layers, its recurrent state 50 MiB a sequence, 27B at 4 bit 15.2 to 16.3 GiB with 64 KiB a token.
 """
 
 import pytest
@@ -29,7 +29,8 @@ def test_9b_at_4_bit_and_262144_tokens_does_not_fit_12_gb_with_a_16_bit_cache():
 def test_9b_at_4_bit_and_262144_tokens_fits_12_gb_with_a_q8_0_cache():
     found = best(devices=("rtx3060",), ctx_tokens=262144, engine="llama.cpp", weights="q4_k_m", kv_dtype="q8_0")
     assert found.fits
-    assert 9.3 < total_gib(found) < 10.6
+    # 10.2 with the scratch that llama.cpp reserves at boot; prefill at depth turns the quantized cache into f16 beside it
+    assert 9.3 < total_gib(found) < 11.0
     assert found.devices[0].memory.kv_cache.mid == 4.25 * GIB
 
 
@@ -45,7 +46,7 @@ def test_9b_in_bf16_fits_a_4090_at_32768_tokens(engine):
     found = best(devices=("rtx4090",), ctx_tokens=32768, engine=engine, weights="bf16")
     assert found.fits
     memory = found.devices[0].memory
-    assert 16.0 < memory.weights.mid / GIB < 18.0
+    assert 14.5 < memory.weights.mid / GIB < 18.0  # llama.cpp leaves the embedding in host memory
     assert memory.kv_cache.mid >= 32768 * 32768
 
 

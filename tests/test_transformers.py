@@ -113,6 +113,15 @@ def test_the_prompt_goes_through_in_one_piece() -> None:
     assert "whole prompt in one pass" in made.allocate(100_000, 1).reasons[0]
 
 
+@pytest.mark.parametrize("changes", [{"compute_capability": "7.5"}, {"vendor": "apple", "compute_capability": None}])
+def test_scores_are_written_out_where_attention_is_not_fused(changes: dict[str, Any]) -> None:
+    """16 heads, scores and softmax in 2 bytes: quadratic in the prompt."""
+    fused, unfused = estimate(), estimate(devices=(made_gpu(**changes),))
+    for ctx_tokens in (1000, 4000):
+        more = unfused.allocate(ctx_tokens, 1).devices[0].memory.activation.mid
+        assert more - fused.allocate(ctx_tokens, 1).devices[0].memory.activation.mid == 64 * ctx_tokens**2
+
+
 def test_chunks_need_a_file_and_less_memory() -> None:
     whole, cut = estimate(), estimate(options={"max_num_batched_tokens": 2048})
     assert cut.shortfall_bytes(32768, 1) < whole.shortfall_bytes(32768, 1)

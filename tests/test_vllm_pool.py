@@ -126,8 +126,8 @@ def test_nvfp4_cache_takes_nine_sixteenths_of_a_byte() -> None:
 
 
 def test_pipeline_stages_share_the_groups() -> None:
-    """`get_pp_indices`: what does not divide goes before the last stage. Groups are dealt out over all layers, so with two
-    stages each holds half of every group of 9B's, and a stage's block half the bytes."""
+    """`get_pp_indices`: what does not divide goes before the last stage. Groups are dealt out over all layers, so
+    that of 9B's groups either of two stages holds half, and its block half the bytes."""
     assert [len(stage) for stage in stage_layers(64, 3)] == [21, 22, 21]
     assert [len(stage) for stage in stage_layers(40, 4)] == [10] * 4
     assert [len(stage) for stage in stage_layers(10, 4)] == [2, 3, 3, 2]

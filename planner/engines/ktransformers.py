@@ -14,11 +14,10 @@ The launch line fixes both pools, so nothing is left to the engine's own sizing.
 layer-wise prefill, multi-token prediction, pipeline parallel.
 """
 
-from dataclasses import dataclass
-
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import WeightTable, weight_table
@@ -89,15 +88,14 @@ CONSTANTS = Constants(
 )
 
 
-def runs_on(devices: tuple[Device, ...], version: str) -> str | None:
+def runs_on(device: Device, version: str) -> str | None:
     """kt-kernel and sglang-kt come as Linux x86-64 wheels for CUDA."""
-    for device in devices:
-        if device.vendor != "nvidia":
-            return "KTransformers 0.7.2 needs an NVIDIA GPU beside an x86-64 host: use llama.cpp here"
-        if device.kind != "discrete":
-            return f"{device.title} has one memory for both and an ARM host: KTransformers has nothing to offload to"
-        if not device.compute_capability or float(device.compute_capability) < 8.0:
-            return f"{device.title} has compute capability {device.compute_capability}: KTransformers starts at 8.0"
+    if device.vendor != "nvidia":
+        return "KTransformers 0.7.2 needs an NVIDIA GPU beside an x86-64 host: use llama.cpp here"
+    if device.kind != "discrete":
+        return f"{device.title} has one memory for both and an ARM host: KTransformers has nothing to offload to"
+    if not device.compute_capability or float(device.compute_capability) < 8.0:
+        return f"{device.title} has compute capability {device.compute_capability}: KTransformers starts at 8.0"
     return None
 
 

@@ -9,12 +9,12 @@ memory lie token_embd, the inputs (the mask among them), the logits, and later u
 and a prompt cache of up to 8 GiB. Experts move there layer by layer where a mixture of experts does not fit otherwise.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
-from ...profiles.formats import WeightFormat
+from ...profiles.formats import WeightFormat, weight_format
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import weight_table
@@ -27,8 +27,17 @@ from .llamacpp_cache import (
     layer_state_bytes,
     padded,
 )
-from .llamacpp_compute import Batch, Reserve, batch_tokens, host_bytes, reserve
-from .llamacpp_devices import Share, largest_expert_tensor_bytes, pipelined, shares
+from .llamacpp_compute import (
+    PIPELINE_COPIES,
+    Batch,
+    Place,
+    Reserve,
+    batch_tokens,
+    flash_scratch_bytes,
+    host_bytes,
+    reserve,
+)
+from .llamacpp_devices import Share, pipelined, shares
 from .llamacpp_launch import gguf_name, server_line
 
 ENGINE = Engine(
@@ -54,13 +63,15 @@ def runs_on(device: Device, version: str) -> str | None:
     """Why llama.cpp cannot run on a device, None where it can: CUDA's kernels start at compute capability 5.0."""
     if device.vendor == "nvidia" and device.compute_capability:
         if float(device.compute_capability) < 5.0:
-            return f"llama.cpp's CUDA kernels need compute capability 5.0; {device.title} has {device.compute_capability}"
+            return (
+                f"llama.cpp's CUDA kernels need compute capability 5.0; {device.title} has {device.compute_capability}"
+            )
     return None
 
 
 def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str | None:
-    """llama.cpp reads GGUF files and nothing else."""
-    if fmt.family == "gguf":
+    """llama.cpp reads GGUF files and nothing else; bf16 means the GGUF of that type."""
+    if fmt.family == "gguf" or fmt.name == "bf16":
         return None
     if fmt.family == "checkpoint" and (model.path or "").endswith(".gguf"):
         return None
@@ -77,26 +88,56 @@ def kv_dtypes(device: Device, version: str) -> tuple[str, ...]:
     return ("f16", "q8_0", "q4_0")
 
 
-def estimate(setup: Setup) -> "LlamaCppEstimate":
-    """Raises Unsupported for settings that the engine does not have."""
+def estimate(setup: Setup, margin_bytes: int = 0) -> "LlamaCppEstimate":
+    """Raises Unsupported for settings that the engine does not have. `margin_bytes` stay free on every device."""
     types = _refuse(setup)
-    model, mtp = setup.model, bool(setup.mtp)
-    found = shares(
-        model, setup.weights, setup.devices, *types, mtp, setup.vision, setup.options.image_tokens
-    )
-    on_cpu = found[0].whole
-    table = weight_table(model, setup.weights, 1)
-    may_offload = model.is_moe and not on_cpu and setup.options.offload_experts is not False
+    options = setup.options
+    if setup.weights.name == "bf16":
+        setup = replace(setup, weights=weight_format("gguf-bf16"))
+    whole = setup.devices[0].vendor == "cpu"
+    table = weight_table(setup.model, setup.weights, 1)
     return LlamaCppEstimate(
         setup=setup,
         types=types,
+        ubatch=options.ubatch_tokens or DEFAULT_UBATCH_TOKENS,
+        on_cpu=whole,
+        unified=setup.devices[0].kind == "unified",
+        may_move=setup.model.is_moe and not whole and options.offload_experts is not False,
+        embedding_bytes=0 if whole else table.embedding,
+        host_limit_bytes=options.host_memory_bytes,
+        margin_bytes=margin_bytes,
+        layout=_layout(setup, types, 0),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Shares of the devices, and what they take whatever the context, for one number of layers without experts."""
+
+    moved: int  # of the first layers, whose routed experts are in host memory
+    shares: tuple[Share, ...]
+    fixed_bytes: tuple[int, ...]
+    seq_bytes: tuple[int, ...]
+    doubt_bytes: tuple[int, ...]  # of what is fixed: from the expected figure to the upper end
+
+
+def _layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
+    options = setup.options
+    found = shares(
+        setup.model, setup.weights, setup.devices, *types, bool(setup.mtp), setup.vision, options.image_tokens, moved
+    )
+    return Layout(
+        moved=moved,
         shares=found,
-        ubatch=setup.options.ubatch_tokens or DEFAULT_UBATCH_TOKENS,
-        embedding_bytes=0 if on_cpu else table.embedding,
-        fixed_bytes=tuple(share.weights_bytes + share.backend.runtime.mid + share.vision.mid for share in found),
+        fixed_bytes=tuple(
+            share.weights_bytes + share.expert_copy_bytes + share.backend.runtime.mid + share.vision.mid
+            for share in found
+        ),
         seq_bytes=tuple(share.state_bytes * (1 + setup.mtp) for share in found),
-        may_offload=may_offload,
-        expert_copy_bytes=largest_expert_tensor_bytes(model, setup.weights) if may_offload else 0,
+        doubt_bytes=tuple(
+            share.backend.runtime.high - share.backend.runtime.mid + share.vision.high - share.vision.mid
+            for share in found
+        ),
     )
 
 
@@ -106,102 +147,135 @@ class LlamaCppEstimate:
 
     setup: Setup
     types: tuple[str, str]  # of K and V
-    shares: tuple[Share, ...]
     ubatch: int
+    on_cpu: bool
+    unified: bool
+    may_move: bool  # experts, to host memory
     embedding_bytes: int  # token_embd in host memory
-    fixed_bytes: tuple[int, ...]
-    seq_bytes: tuple[int, ...]
-    may_offload: bool
-    expert_copy_bytes: int  # on a device, once any experts lie in host memory
+    host_limit_bytes: int | None
+    margin_bytes: int
+    layout: Layout  # with all experts on the devices
+    _layouts: dict[int, Layout] = field(default_factory=dict, repr=False)
     _reserves: dict[tuple[int, int], tuple[Reserve, ...]] = field(default_factory=dict, repr=False)
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
-        """At most 0 as soon as experts can be moved so that it fits: then nothing is missing, and nothing is left."""
-        short = self._short_bytes(ctx_tokens, seqs)
-        worst = max(short)
-        if worst <= 0 and self.setup.options.offload_experts is not True:
-            return max(worst, self._host_short_bytes(ctx_tokens, seqs, 0))
-        if not self.may_offload:
-            return max(worst, self._host_short_bytes(ctx_tokens, seqs, 0))
-        layers, left = self._moved_layers(short)
-        if left > 0:
-            return left
-        return max(0 if worst > 0 else worst, self._host_short_bytes(ctx_tokens, seqs, layers))
+        """0 where it fits once experts have moved: nothing is missing then, and nothing is called left."""
+        short = self._worst_bytes(self.layout, ctx_tokens, seqs)
+        if not self.may_move or (short <= 0 and self.setup.options.offload_experts is None):
+            return short
+        most = self._worst_bytes(self._layout_of(self.setup.model.num_layers), ctx_tokens, seqs)
+        return most if most > 0 else min(0, short)
 
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
-        moved = self._layers_on_host(ctx_tokens, seqs)
+        layout = self._chosen(ctx_tokens, seqs)
         cells = padded(ctx_tokens)
+        memories = [self._memory(layout, index, cells, ctx_tokens, seqs) for index in range(len(layout.shares))]
         devices = tuple(
-            DeviceShare(share.device, share.device.usable_bytes, self._memory(index, cells, ctx_tokens, seqs, moved))
-            for index, share in enumerate(self.shares)
+            DeviceShare(share.device, share.device.usable_bytes - self.margin_bytes, memory)
+            for share, memory in zip(layout.shares, memories, strict=True)
         )
-        host = self._host(cells, ctx_tokens, seqs, moved)
+        least = min(device.usable_bytes - _mid_bytes(device.memory) for device in devices)
         return Allocation(
             devices=devices,
-            host=host,
-            reasons=self._reasons(devices, ctx_tokens, seqs, moved),
-            warnings=self._warnings(devices, ctx_tokens, seqs, moved),
-            detail=self._detail(cells, ctx_tokens, seqs, moved),
+            host=self._host(layout, cells, ctx_tokens, seqs),
+            reasons=self._reasons(layout, devices, ctx_tokens, seqs),
+            warnings=self._warnings(layout, least, ctx_tokens, seqs),
+            detail=self._detail(layout, cells, ctx_tokens, seqs),
         )
 
     def command(self, ctx_tokens: int, seqs: int) -> str:
-        moved = self._layers_on_host(ctx_tokens, seqs)
+        layout = self._chosen(ctx_tokens, seqs)
         return server_line(
             self.setup,
             self.types,
             ctx_tokens,
             seqs,
             self.ubatch,
-            () if self.shares[0].whole else tuple(share.layers for share in self.shares),
-            moved,
-            self._cache_ram_mib(ctx_tokens, seqs, moved),
+            () if self.on_cpu else tuple(share.layers for share in layout.shares),
+            layout.moved,
+            self._cache_ram_mib(layout, ctx_tokens, seqs),
         )
 
-    def _short_bytes(self, ctx_tokens: int, seqs: int) -> list[int]:
-        """Bytes missing on each device with all experts on the devices."""
+    def _layout_of(self, moved: int) -> Layout:
+        if not moved:
+            return self.layout
+        if moved not in self._layouts:
+            self._layouts[moved] = _layout(self.setup, self.types, moved)
+        return self._layouts[moved]
+
+    def _chosen(self, ctx_tokens: int, seqs: int) -> Layout:
+        """As few layers without their experts as fit: surely if that can be, else at the expected figure."""
+        fits = self._worst_bytes(self.layout, ctx_tokens, seqs) <= 0
+        if not self.may_move or (fits and self.setup.options.offload_experts is None):
+            return self.layout
+        most = self.setup.model.num_layers
+        for doubted in (True, False):
+            if self._worst_bytes(self._layout_of(most), ctx_tokens, seqs, doubted) > 0:
+                continue
+            low, high = -1, most
+            while high - low > 1:
+                middle = (low + high) // 2
+                if self._worst_bytes(self._layout_of(middle), ctx_tokens, seqs, doubted) > 0:
+                    low = middle
+                else:
+                    high = middle
+            return self._layout_of(high)
+        return self._layout_of(most)
+
+    def _worst_bytes(self, layout: Layout, ctx_tokens: int, seqs: int, doubted: bool = False) -> int:
+        """Bytes missing on the tightest device, or in host memory where that is known."""
         cells = -(-ctx_tokens // 256) * 256
         tokens = ctx_tokens * seqs
         if tokens > self.ubatch:
             tokens = self.ubatch
         reserves = self._reserves.get((tokens, seqs)) or self._reserved(tokens, seqs)
-        short = []
-        for index, share in enumerate(self.shares):
-            need = self.fixed_bytes[index] + seqs * (cells * share.cell_bytes + self.seq_bytes[index])
-            short.append(need + reserves[index].buffer_bytes(cells) - share.device.usable_bytes)
-        if len(reserves) > len(self.shares):
-            short[-1] += reserves[-1].buffer_bytes(cells) + self._seed_bytes(tokens)
-        return short
+        worst = -(1 << 62)
+        last = len(layout.shares) - 1
+        total = 0
+        for index, share in enumerate(layout.shares):
+            compute = reserves[index].buffer_bytes(cells)
+            if index == last and len(reserves) > len(layout.shares):
+                compute += reserves[-1].buffer_bytes(cells) + self._seed_bytes(tokens)
+            need = layout.fixed_bytes[index] + seqs * (cells * share.cell_bytes + layout.seq_bytes[index]) + compute
+            if doubted:
+                need += layout.doubt_bytes[index] + int((COMPUTE_HIGH - 1) * (compute + share.expert_copy_bytes)) + 1
+            total += need
+            short = need + self.margin_bytes - share.device.usable_bytes
+            if short > worst:
+                worst = short
+        if self.on_cpu:
+            return worst + self._logits_bytes(seqs) + self._checkpoint_bytes(ctx_tokens, seqs)
+        if self.unified:
+            memory = sum(share.device.memory_bytes for share in layout.shares)
+            worst = max(worst, total + self._host_bytes(layout, cells, ctx_tokens, seqs) - memory)
+        if self.host_limit_bytes is not None:
+            worst = max(worst, self._host_bytes(layout, cells, ctx_tokens, seqs) - self.host_limit_bytes)
+        return worst
 
     def _reserved(self, tokens: int, seqs: int) -> tuple[Reserve, ...]:
-        """Compute buffers of every device, and of the draft's context behind them."""
-        setup = self.setup
+        """Compute buffers of every device, and of the draft's context behind them. Experts that moved change none."""
         batch = self._batch(tokens, seqs)
-        found = [self._reserve(batch, share) for share in self.shares]
-        draft = self.shares[-1].draft
+        found = [self._reserve(batch, share) for share in self.layout.shares]
+        draft = self.layout.shares[-1].draft
         if draft is not None:
-            rows = Batch(batch.tokens, seqs, seqs, min(tokens, seqs), 0, True, batch.rotate_k, batch.rotate_v)
-            found.append(reserve(setup.model, rows, draft))
+            found.append(reserve(self.setup.model, self._draft_batch(batch), draft))
         self._reserves[tokens, seqs] = tuple(found)
-        return tuple(found)
+        return self._reserves[tokens, seqs]
 
     def _reserve(self, batch: Batch, share: Share) -> Reserve:
-        """The buffer of one device, raised where rounding a batch to whole tokens per sequence made the batch of one
-        sequence less so much larger that it would need more in all."""
+        """The buffer of one device; raised where fewer sequences would need more in all, because their batch is rounded
+        up to more tokens (512 tokens for 255 sequences are 765, for 256 they are 512)."""
         exact = reserve(self.setup.model, batch, share.place)
-        per_seq = max(1, self.ubatch // batch.seqs + (self.ubatch % batch.seqs > 0))
-        before = (self.ubatch - 1) // per_seq  # the most sequences with more tokens each
-        if not 1 <= before < batch.seqs:
+        per_seq = -(-self.ubatch // batch.seqs)
+        fewer = (self.ubatch - 1) // per_seq  # the most sequences that get a token more each
+        tokens = (per_seq + 1) * fewer
+        if fewer >= batch.seqs or tokens <= batch.tokens:
             return exact
-        tokens = (per_seq + 1) * before
-        if tokens <= batch.tokens:
-            return exact
-        growth = tokens / batch.tokens
-        saved = (batch.seqs - before) * (256 * share.cell_bytes + share.state_bytes * (1 + self.setup.mtp))
+        growth, more = tokens / batch.tokens, batch.seqs - fewer
+        saved = more * (256 * share.cell_bytes + share.state_bytes * (1 + self.setup.mtp))
+        mask = int(growth * exact.mask_bytes_per_cell) - more * share.cell_bytes
         return Reserve(
-            mask_bytes_per_cell=max(
-                exact.mask_bytes_per_cell,
-                int(growth * exact.mask_bytes_per_cell) - (batch.seqs - before) * share.cell_bytes,
-            ),
+            mask_bytes_per_cell=max(exact.mask_bytes_per_cell, mask),
             with_mask=max(exact.with_mask, int(growth * exact.with_mask) - saved),
             without_mask=max(exact.without_mask, int(growth * exact.without_mask) - saved),
             flash=max(exact.flash, int(growth * exact.flash) - saved),
@@ -221,185 +295,168 @@ class LlamaCppEstimate:
             drafts=mtp,
         )
 
+    def _draft_batch(self, batch: Batch) -> Batch:
+        outputs = min(batch.tokens, batch.seqs)
+        return Batch(batch.tokens, batch.seqs, batch.seqs, outputs, 0, True, batch.rotate_k, batch.rotate_v)
+
     def _seed_bytes(self, tokens: int) -> int:
         """The last hidden states, kept for the draft: `h_nextn` is an output of the graph."""
         return 4 * self.setup.model.hidden_size * tokens
 
-    def _moved_layers(self, short: list[int], margin: int = 0) -> tuple[int, int]:
-        """How many of the first layers leave their experts in host memory so that every device fits, and what is then
-        still missing on the tightest."""
-        layers, left = 0, -GIB
-        for share, missing in zip(self.shares, short, strict=True):
-            missing += self.expert_copy_bytes + margin
-            for index, expert_bytes in enumerate(share.experts):
-                if missing <= 0 and share.first_layer + index >= layers:
-                    break
-                missing -= expert_bytes
-                layers = max(layers, share.first_layer + index + 1)
-            left = max(left, missing)
-        return layers, left - margin
+    def _logits_bytes(self, seqs: int) -> int:
+        return 4 * self.setup.model.vocab_size * seqs * (2 if self.setup.mtp else 1)
 
-    def _layers_on_host(self, ctx_tokens: int, seqs: int) -> int:
-        short = self._short_bytes(ctx_tokens, seqs)
-        if not self.may_offload or (max(short) <= 0 and self.setup.options.offload_experts is not True):
-            return 0
-        layers, left = self._moved_layers(short, self._doubt_bytes(ctx_tokens, seqs))
-        if left > -self._doubt_bytes(ctx_tokens, seqs):
-            layers, left = self._moved_layers(short)
-        return layers
-
-    def _doubt_bytes(self, ctx_tokens: int, seqs: int) -> int:
-        """Between the expected figure and the upper end of the interval."""
-        cells = padded(ctx_tokens)
-        return max(
-            total.high - total.mid
-            for index in range(len(self.shares))
-            for total in (self._memory(index, cells, ctx_tokens, seqs, 1).total,)
-        )
-
-    def _memory(self, index: int, cells: int, ctx_tokens: int, seqs: int, moved: int) -> Memory:
-        share, setup = self.shares[index], self.setup
+    def _memory(self, layout: Layout, index: int, cells: int, ctx_tokens: int, seqs: int) -> Memory:
+        share = layout.shares[index]
         tokens = min(ctx_tokens * seqs, self.ubatch)
         reserves = self._reserves.get((tokens, seqs)) or self._reserved(tokens, seqs)
-        compute = reserves[index].buffer_bytes(cells)
+        compute = reserves[index].buffer_bytes(cells) + share.expert_copy_bytes
         if share.draft is not None:
             compute += reserves[-1].buffer_bytes(cells) + self._seed_bytes(tokens)
-        own = max(0, min(share.layers, moved - share.first_layer))
-        weights = share.weights_bytes - sum(share.experts[:own])
-        kv_cache = seqs * cells * share.cell_bytes
-        state = seqs * share.state_bytes * (1 + setup.mtp)
-        if moved:
-            compute += self.expert_copy_bytes
-        low, high = int(COMPUTE_LOW * compute), int(COMPUTE_HIGH * compute)
-        room = share.device.usable_bytes - weights - kv_cache - state - compute
-        room -= share.vision.mid + share.backend.runtime.mid
-        copies = self._pipeline_bytes(index, tokens, seqs, cells, moved)
-        taken = max(0, min(copies, room))  # what does not fit is not taken: the engine falls back to one batch in flight
-        activation = Amount(low, compute + taken, max(high, compute + taken)) + share.vision
-        weights_amount, state_amount = exactly(weights), exactly(state)
-        if share.whole:
-            output = 4 * setup.model.vocab_size * seqs * (2 if setup.mtp else 1)
-            activation = activation + exactly(output)
-            room -= output
-            weights_amount = _with_page_cache(weights, share.repacked_bytes, room)
+        kv_cache, state = seqs * cells * share.cell_bytes, seqs * layout.seq_bytes[index]
+        high = int(COMPUTE_HIGH * compute) + 1
+        activation = Amount(
+            int(COMPUTE_LOW * compute) + share.vision.low, compute + share.vision.mid, high + share.vision.high
+        )
+        room = share.device.usable_bytes - self.margin_bytes - share.weights_bytes - kv_cache - state
+        room -= activation.high + share.backend.runtime.high
+        if self.on_cpu:
+            logits, checkpoints = self._logits_bytes(seqs), self._checkpoint_bytes(ctx_tokens, seqs)
+            activation = activation + exactly(logits)
+            pages = max(0, min(share.repacked_bytes, room - logits - checkpoints))
+            weights = share.weights_bytes + pages
+            return Memory(
+                weights=Amount(share.weights_bytes, weights, weights, not share.repacked_bytes),
+                kv_cache=exactly(kv_cache),
+                recurrent_state=estimated(state, state + checkpoints, state + checkpoints),
+                activation=activation,
+                runtime=share.backend.runtime,
+            )
+        copies = self._pipeline_bytes(layout, index, tokens, seqs, cells)
+        if copies:
+            copies = max(0, min(copies, room))  # what has no room is not taken: one batch is in flight then
+            activation = Amount(activation.low, activation.mid + copies, activation.high + copies)
         return Memory(
-            weights=weights_amount,
+            weights=exactly(share.weights_bytes),
             kv_cache=exactly(kv_cache),
-            recurrent_state=state_amount,
+            recurrent_state=exactly(state),
             activation=activation,
             runtime=share.backend.runtime,
         )
 
-    def _pipeline_bytes(self, index: int, tokens: int, seqs: int, cells: int, moved: int) -> int:
+    def _pipeline_bytes(self, layout: Layout, index: int, tokens: int, seqs: int, cells: int) -> int:
         """What a pipeline over several devices takes beyond one batch in flight (`GGML_SCHED_MAX_COPIES`)."""
-        if len(self.shares) == 1 or moved or not all(share.backend.pipelines for share in self.shares):
+        if len(layout.shares) == 1 or layout.moved or not all(share.backend.pipelines for share in layout.shares):
             return 0
-        place, batch = self.shares[index].place, self._batch(tokens, seqs)
+        share, batch = layout.shares[index], self._batch(tokens, seqs)
+        found = self._copies_bytes(batch, share.place, cells)
+        return (
+            found if share.draft is None else found + self._copies_bytes(self._draft_batch(batch), share.draft, cells)
+        )
+
+    def _copies_bytes(self, batch: Batch, place: Place, cells: int) -> int:
         with_copies = reserve(self.setup.model, batch, pipelined(place)).buffer_bytes(cells)
         return max(0, with_copies - reserve(self.setup.model, batch, place).buffer_bytes(cells))
 
-    def _host(self, cells: int, ctx_tokens: int, seqs: int, moved: int) -> Memory:
-        if self.shares[0].whole:
+    def _host(self, layout: Layout, cells: int, ctx_tokens: int, seqs: int) -> Memory:
+        if self.on_cpu:
             return Memory()
-        setup, model = self.setup, self.setup.model
-        tokens = min(ctx_tokens * seqs, self.ubatch)
-        copies = 4 if len(self.shares) > 1 and not moved else 1
-        rows = seqs * (2 if setup.mtp else 1)
-        inputs = host_bytes(model, self._batch(tokens, seqs, cells)) + 4 * model.vocab_size * rows
-        if setup.mtp:
-            inputs += 4 * model.hidden_size * (DEFAULT_BATCH_TOKENS + seqs)
+        inputs = self._input_bytes(layout, cells, ctx_tokens, seqs)
         checkpoints = self._checkpoint_bytes(ctx_tokens, seqs)
+        copies = PIPELINE_COPIES if len(layout.shares) > 1 and not layout.moved else 1
         return Memory(
-            weights=exactly(self.embedding_bytes + self._moved_bytes(moved)),
+            weights=exactly(self.embedding_bytes + self._moved_bytes(layout)),
             recurrent_state=estimated(0, checkpoints, checkpoints),
             activation=estimated(inputs, inputs, copies * inputs),
             runtime=HOST_PROCESS,
         )
 
-    def _moved_bytes(self, moved: int) -> int:
-        return sum(sum(share.experts[: max(0, moved - share.first_layer)]) for share in self.shares)
+    def _host_bytes(self, layout: Layout, cells: int, ctx_tokens: int, seqs: int) -> int:
+        """The expected figure of `_host`."""
+        found = self.embedding_bytes + self._moved_bytes(layout) + HOST_PROCESS.mid
+        return found + self._checkpoint_bytes(ctx_tokens, seqs) + self._input_bytes(layout, cells, ctx_tokens, seqs)
+
+    def _input_bytes(self, layout: Layout, cells: int, ctx_tokens: int, seqs: int) -> int:
+        """Inputs of the graph, token rows, logits; with a draft the last hidden states of a whole batch."""
+        model, tokens = self.setup.model, min(ctx_tokens * seqs, self.ubatch)
+        found = host_bytes(model, self._batch(tokens, seqs, cells)) + self._logits_bytes(seqs)
+        if layout.moved:  # what the experts' layers compute on the CPU
+            found += 6 * model.num_experts_per_tok * model.hidden_size * tokens
+        return found + (4 * model.hidden_size * (DEFAULT_BATCH_TOKENS + seqs) if self.setup.mtp else 0)
+
+    def _moved_bytes(self, layout: Layout) -> int:
+        table = weight_table(self.setup.model, self.setup.weights, 1)
+        return sum(table.experts[: layout.moved])
 
     def _checkpoint_bytes(self, ctx_tokens: int, seqs: int) -> int:
-        """Copies of the state in host memory, which llama-server makes while prompts are read."""
-        layers = self.setup.model.linear_attention_layers
-        count = min(CHECKPOINTS_PER_SLOT, ctx_tokens // CHECKPOINT_STEP_TOKENS + 1)
-        return seqs * count * layers * layer_state_bytes(self.setup.model)
+        """Copies of the state in host memory, which llama-server makes while it reads prompts."""
+        count = ctx_tokens // CHECKPOINT_STEP_TOKENS + 1
+        if count > CHECKPOINTS_PER_SLOT:
+            count = CHECKPOINTS_PER_SLOT
+        model = self.setup.model
+        return seqs * count * model.linear_attention_layers * layer_state_bytes(model)
 
-    def _host_short_bytes(self, ctx_tokens: int, seqs: int, moved: int) -> int:
-        """Missing in host memory where its size is known, or where host and device share one memory."""
-        limit = self.setup.options.host_memory_bytes
-        if limit is None or self.shares[0].whole:
-            return -(1 << 62)
-        return self._host(padded(ctx_tokens), ctx_tokens, seqs, moved).total.mid - limit
-
-    def _cache_ram_mib(self, ctx_tokens: int, seqs: int, moved: int) -> int | None:
+    def _cache_ram_mib(self, layout: Layout, ctx_tokens: int, seqs: int) -> int | None:
         """The prompt cache where memory is known to be short of its 8 GiB; None leaves llama-server's default."""
-        share, limit = self.shares[0], self.setup.options.host_memory_bytes
-        if share.whole:
-            total = self._memory(0, padded(ctx_tokens), ctx_tokens, seqs, 0).total
-            left = share.device.usable_bytes - total.mid - self._checkpoint_bytes(ctx_tokens, seqs)
-        elif share.device.kind == "unified":
-            left = share.device.memory_bytes - self._memory(0, padded(ctx_tokens), ctx_tokens, seqs, moved).total.high
-            left -= self._host(padded(ctx_tokens), ctx_tokens, seqs, moved).total.high
-        elif limit is not None:
-            left = limit - self._host(padded(ctx_tokens), ctx_tokens, seqs, moved).total.mid
+        device, cells = layout.shares[0].device, padded(ctx_tokens)
+        if self.on_cpu:
+            left = device.usable_bytes - self._memory(layout, 0, cells, ctx_tokens, seqs).total.high
+        elif self.unified:
+            left = device.memory_bytes - self._memory(layout, 0, cells, ctx_tokens, seqs).total.high
+            left -= self._host(layout, cells, ctx_tokens, seqs).total.high
+        elif self.host_limit_bytes is not None:
+            left = self.host_limit_bytes - self._host_bytes(layout, cells, ctx_tokens, seqs)
         else:
             return None
         return None if left >= PROMPT_CACHE_MIB * MIB else max(0, left // MIB)
 
-    def _reasons(
-        self, devices: tuple[DeviceShare, ...], ctx_tokens: int, seqs: int, moved: int
-    ) -> tuple[str, ...]:
+    def _reasons(self, layout: Layout, devices: tuple[DeviceShare, ...], ctx_tokens: int, seqs: int) -> tuple[str, ...]:
+        worst = self._worst_bytes(layout, ctx_tokens, seqs)
+        if worst <= 0:
+            return ()
         reasons = [
             f"{share.device.name} needs {share.memory.total.mid / GIB:.2f} GiB, and {share.usable_bytes / GIB:.2f} GiB "
             "can be used"
             for share in devices
             if share.free_bytes < 0
         ]
-        missing = self._host_short_bytes(ctx_tokens, seqs, moved)
-        if missing > 0:
-            reasons.append(f"host memory is {missing / GIB:.2f} GiB short")
+        if not reasons:
+            shared = "the memory that host and device share" if self.unified else "host memory"
+            reasons.append(f"{shared} is {worst / GIB:.2f} GiB short")
         return tuple(reasons)
 
-    def _warnings(
-        self, devices: tuple[DeviceShare, ...], ctx_tokens: int, seqs: int, moved: int
-    ) -> tuple[str, ...]:
-        setup, model = self.setup, self.setup.model
+    def _warnings(self, layout: Layout, least: int, ctx_tokens: int, seqs: int) -> tuple[str, ...]:
+        model, share = self.setup.model, layout.shares[0]
         found: list[str] = []
-        least = min(share.free_bytes for share in devices)
-        if 0 <= least < FIT_MARGIN_BYTES and not self.shares[0].whole:
+        if 0 <= least < FIT_MARGIN_BYTES and not self.on_cpu:
             found.append(
-                f"{least / GIB:.2f} GiB stay free: llama.cpp's own fitting keeps 1 GiB and would shrink the context, so the "
-                "line turns it off; close what else uses the device"
+                f"{least / GIB:.2f} GiB stay free: llama.cpp's own --fit keeps 1 GiB and would shrink the context, so the "
+                "line turns it off"
             )
-        if moved:
+        if layout.moved:
             found.append(
-                f"experts of {moved} of {model.num_layers} layers are in host memory "
-                f"({self._moved_bytes(moved) / GIB:.1f} GiB): much slower than all on the device"
+                f"experts of {layout.moved} of {model.num_layers} layers lie in host memory "
+                f"({self._moved_bytes(layout) / GIB:.1f} GiB), which is much slower"
             )
-        quantized = [name for name in self.types if name not in FLOAT_TYPES]
-        scratch = sum(share.place.f16_cache for share in self.shares)
-        if quantized and scratch and self.shares[0].backend.f16_cache == "quantized":
+        if share.place.f16_cache and share.backend.f16_cache == "quantized":
+            scratch = flash_scratch_bytes(model, padded(ctx_tokens), seqs) / GIB
             found.append(
-                f"with a {quantized[0]} cache, prefill makes room for one layer's K and V in f16: part of the saving goes there"
+                f"flash attention makes room for one layer's cache in f16 ({scratch:.2f} GiB) while it reads prompts"
             )
-        share = self.shares[0]
         if share.repacked_bytes:
             found.append(
-                f"the CPU backend keeps a rearranged copy of {share.repacked_bytes / GIB:.1f} GiB; the file's own pages may "
-                "be dropped again"
+                f"{share.repacked_bytes / GIB:.1f} GiB of weights are kept twice, rearranged and in the page cache "
+                "(--no-repack: once, and slower)"
             )
-        if not share.whole:
+        if not self.on_cpu:
             checkpoints = self._checkpoint_bytes(ctx_tokens, seqs) / GIB
             found.append(
-                f"host memory also fills with up to {checkpoints:.1f} GiB of state checkpoints (--ctx-checkpoints) and a "
-                "prompt cache of up to 8 GiB (--cache-ram)"
+                f"host memory fills with up to {checkpoints:.1f} GiB of state checkpoints (--ctx-checkpoints) and a prompt "
+                "cache (--cache-ram, 8 GiB unless said)"
             )
-        if model.has_vision and not setup.vision and setup.weights.family == "gguf" and False:
-            found.append("")
         return tuple(found)
 
-    def _detail(self, cells: int, ctx_tokens: int, seqs: int, moved: int) -> dict[str, object]:
+    def _detail(self, layout: Layout, cells: int, ctx_tokens: int, seqs: int) -> dict[str, object]:
         setup = self.setup
         tokens = min(ctx_tokens * seqs, self.ubatch)
         reserves = self._reserves[tokens, seqs]
@@ -411,10 +468,10 @@ class LlamaCppEstimate:
             "n_ubatch": self.ubatch,
             "cache_type_k": self.types[0],
             "cache_type_v": self.types[1],
-            "backends": [share.backend.name for share in self.shares],
-            "layers": [share.layers for share in self.shares],
-            "n_cpu_moe": moved,
-            "compute_buffer_bytes": [reserves[index].buffer_bytes(cells) for index in range(len(self.shares))],
+            "backends": [share.backend.name for share in layout.shares],
+            "layers": [share.layers for share in layout.shares],
+            "n_cpu_moe": layout.moved,
+            "compute_buffer_bytes": [reserves[index].buffer_bytes(cells) for index in range(len(layout.shares))],
             "draft_compute_buffer_bytes": reserves[-1].buffer_bytes(cells) if setup.mtp else 0,
         }
 
@@ -435,6 +492,6 @@ def _refuse(setup: Setup) -> tuple[str, str]:
     return _known_types(setup.kv_dtype)
 
 
-def _with_page_cache(weights: int, repacked: int, room: int) -> Amount:
-    """Anonymous copies, and as much of the mapped file as there is room for: its pages are dropped under pressure."""
-    return Amount(weights, weights + max(0, min(repacked, room)), weights + max(0, min(repacked, room)), not repacked)
+def _mid_bytes(memory: Memory) -> int:
+    fixed = memory.weights.mid + memory.kv_cache.mid + memory.recurrent_state.mid
+    return fixed + memory.activation.mid + memory.graph.mid + memory.runtime.mid

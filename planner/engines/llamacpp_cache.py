@@ -31,7 +31,9 @@ class LlamaCppPool:
 
     kv_cache_bytes: int
     recurrent_state_bytes: int
-    compute_buffer_bytes: int  # as one backend holds it: a CPU build, or host and device together with little difference
+    compute_buffer_bytes: (
+        int  # as one backend holds it: a CPU build, or host and device together with little difference
+    )
     output_buffer_bytes: int
     cells: int  # per stream
     streams: int
@@ -90,9 +92,7 @@ def kv_pool(
     draft_kv = draft_compute = 0
     if mtp:
         draft_kv = total * cell_bytes(model, k_type, v_type)
-        draft = Batch(
-            shape.tokens, seqs, streams, min(tokens, seqs), cells, flash_attn, shape.rotate_k, shape.rotate_v
-        )
+        draft = Batch(shape.tokens, seqs, streams, min(tokens, seqs), cells, flash_attn, shape.rotate_k, shape.rotate_v)
         draft_compute = compute_bytes(model, draft, DRAFT)
     return LlamaCppPool(
         kv_cache_bytes=total * model.full_attention_layers * cell_bytes(model, k_type, v_type),

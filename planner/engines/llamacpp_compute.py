@@ -35,7 +35,7 @@ BEGIN = {
     # a further device: the first norm, without its weight, was computed on the device before
     "next": f"+norm* +s_copy* +x* {INPUTS}",
     "draft": "+k_rot? +tokens +h +pos +v_rot? +k_idx +v_idx +mask +out_ids +rows -tokens +pair -rows -h +x -pair",
-    "draft on device": "+k_rot? +rows +h +pos +v_rot? +k_idx +v_idx +mask +out_ids +pair -rows -h +x -pair",
+    "draft on device": "+k_rot*? +rows* +h* +pos* +v_rot*? +k_idx* +v_idx* +mask* +out_ids* +pair -rows -h +x -pair",
 }
 LINEAR = (
     "+norm +conv_rows +qkv +conv_in -conv_rows -qkv +state -s_copy +conv_out -conv_in +q_norm +k_norm +alpha +decay "
@@ -64,6 +64,7 @@ EXPERTS = (
 )
 END = "+rows_out -x -out_ids +logits -rows_out"
 
+_COPIED = {word.strip("+*?") for begin in BEGIN.values() for word in begin.split() if "*" in word}
 _CACHED = 8192
 _NO_HOLE = 1 << 62
 _BEYOND = 1 << 50  # larger than everything else together, and a multiple of every alignment
@@ -161,10 +162,11 @@ def reserve(model: Model, batch: Batch, place: Place) -> Reserve:
 
 def host_bytes(model: Model, batch: Batch, copies: int = 1) -> int:
     """The host's part of the graph where the layers lie on devices: the inputs, the mask among them, and token rows."""
-    sizes = _sizes(model, batch, WHOLE)
-    inputs = "tokens embd mixed_tokens mixed_slots mixed_embd s_copy pos k_idx v_idx mask out_ids".split()
-    inputs += ["k_rot"] * batch.rotate_k + ["v_rot"] * batch.rotate_v
-    return copies * sum(_padded(sizes[name], HOST_ALIGNMENT) for name in inputs) + sizes["x"] + sizes["mixed_rows"]
+    n, rows = batch.tokens, 4 * model.hidden_size * batch.tokens
+    small = 2 * _padded(4 * n, HOST_ALIGNMENT) + 3 * _padded(8 * n, HOST_ALIGNMENT) + _padded(16 * n, HOST_ALIGNMENT)
+    small += _padded(4 * batch.seqs, HOST_ALIGNMENT) + _padded(4 * batch.outputs, HOST_ALIGNMENT)
+    small += 4 * _key_rotation(model.head_dim) ** 2 * batch.rotate_k + 4 * VALUE_ROTATION**2 * batch.rotate_v
+    return copies * (small + 2 * rows + 2 * batch.cells * n) + 2 * rows
 
 
 def flash_scratch_bytes(model: Model, cells: int, streams: int) -> int:
@@ -262,10 +264,8 @@ def _sizes(model: Model, batch: Batch, place: Place) -> dict[str, int]:
         "shared": embd,
         "switch": 4 * n,
     }
-    for word in f"{BEGIN['first']} {BEGIN['next']}".split():
-        if "*" in word:
-            name = word.strip("+*?")
-            sizes[name + "*"] = place.copies * _padded(sizes[name], place.alignment)
+    for name in _COPIED:
+        sizes[name + "*"] = place.copies * _padded(sizes[name], place.alignment)
     return sizes
 
 
@@ -282,9 +282,7 @@ def _padded(size: int, alignment: int) -> int:
 
 def _walk_of(model: Model, batch: Batch, place: Place) -> Walk:
     pipelined = place.copies > 1
-    return _walk(
-        place.begin, place.output, pipelined, model.is_moe, batch.flash_attn, batch.rotate_k, batch.rotate_v
-    )
+    return _walk(place.begin, place.output, pipelined, model.is_moe, batch.flash_attn, batch.rotate_k, batch.rotate_v)
 
 
 @lru_cache(maxsize=256)

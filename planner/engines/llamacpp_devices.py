@@ -64,8 +64,8 @@ class Share:
     backend: Backend
     first_layer: int
     layers: int
-    weights_bytes: int  # routed experts included
-    experts: tuple[int, ...]  # bytes of the routed experts of each of its layers
+    weights_bytes: int
+    expert_copy_bytes: int  # room for experts that lie in host memory, one tensor at a time
     repacked_bytes: int  # second copy on a CPU
     cell_bytes: int  # one cell in all its attention layers, the draft's too
     state_bytes: int  # one state in all its Gated DeltaNet layers
@@ -78,7 +78,7 @@ class Share:
         return self.place.begin == "whole"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def shares(
     model: Model,
     fmt: WeightFormat,
@@ -88,11 +88,15 @@ def shares(
     mtp: bool,
     vision: bool,
     image_tokens: int | None,
+    moved: int = 0,
 ) -> tuple[Share, ...]:
-    """One share per device, layers dealt out so that every device is filled to the same fraction."""
+    """One share per device, layers dealt out so that every device is filled to the same fraction. The first `moved`
+    layers have their routed experts in host memory."""
     table = weight_table(model, fmt, 1)
     cell = cell_bytes(model, k_type, v_type)
-    counts = _layer_counts(model, table, devices, cell, mtp, table.vision if vision else 0)
+    experts = (0,) * moved + table.experts[moved:]
+    loads = tuple(layer + routed for layer, routed in zip(table.layers, experts, strict=True))
+    counts = _layer_counts(model, table, loads, devices, cell, mtp, table.vision if vision else 0)
     quantized = k_type != "f16" or v_type != "f16"
     found: list[Share] = []
     first = 0
@@ -101,7 +105,7 @@ def shares(
         layers = range(first, first + counts[index])
         attention = sum(model.layer_types[layer] == "full_attention" for layer in layers)
         backend = backend_of(device)
-        weights = sum(table.layers[layer] + table.experts[layer] for layer in layers)
+        weights = sum(loads[layer] for layer in layers)
         if last:
             weights += table.norm + (table.lm_head or table.embedding)
             weights += table.mtp + table.mtp_experts if mtp else 0
@@ -116,7 +120,7 @@ def shares(
                 first_layer=first,
                 layers=len(layers),
                 weights_bytes=weights,
-                experts=tuple(table.experts[layer] for layer in layers),
+                expert_copy_bytes=largest_expert_tensor_bytes(model, fmt) if moved and index == 0 else 0,
                 repacked_bytes=_repacked_bytes(model, fmt, mtp) if backend.name == "CPU" else 0,
                 cell_bytes=cell * (attention + (1 if mtp and last else 0)),
                 state_bytes=layer_state_bytes(model) * (len(layers) - attention),
@@ -131,9 +135,7 @@ def shares(
 
 def pipelined(place: Place) -> Place:
     """The same place where inputs are kept once per batch in flight."""
-    return Place(
-        place.begin, place.output, PIPELINE_COPIES, place.alignment, place.f16_cache, place.partial_rows
-    )
+    return Place(place.begin, place.output, PIPELINE_COPIES, place.alignment, place.f16_cache, place.partial_rows)
 
 
 def _place(backend: Backend, index: int, last: bool, quantized: bool) -> Place:
@@ -164,8 +166,9 @@ def _repacked_bytes(model: Model, fmt: WeightFormat, mtp: bool) -> int:
     )
 
 
+@lru_cache(maxsize=1024)
 def largest_expert_tensor_bytes(model: Model, fmt: WeightFormat) -> int:
-    """What a GPU copies at once of the experts that lie in host memory, for batches of 32 tokens and more
+    """What the first GPU copies at once of the experts that lie in host memory, for batches of 32 tokens and more
     (`op_offload`; ggml-backend.cpp starts a new split per weight, so the copies take turns)."""
     routed = [piece for piece in pieces(model, fmt) if piece.part == "text" and piece.role.startswith("experts.")]
     return max((piece.bytes // max(1, len(piece.layers)) for piece in routed), default=0)
@@ -181,17 +184,22 @@ def _vision_scratch(vision: Vision | None, image_tokens: int | None) -> Amount:
     return estimated(WARM_UP_IMAGE_TOKENS * per_token, largest * per_token, 1.1 * largest * per_token)
 
 
-@lru_cache(maxsize=4096)
 def _layer_counts(
-    model: Model, table: WeightTable, devices: tuple[Device, ...], cell: int, mtp: bool, vision_bytes: int
+    model: Model,
+    table: WeightTable,
+    weights: tuple[int, ...],
+    devices: tuple[Device, ...],
+    cell: int,
+    mtp: bool,
+    vision_bytes: int,
 ) -> tuple[int, ...]:
     """Layers per device, in order: the fullest device is as empty as whole layers allow."""
     if len(devices) == 1:
         return (model.num_layers,)
     cache = cell * BALANCED_AT_TOKENS
     loads = [
-        table.layers[layer] + table.experts[layer] + (cache if kind == "full_attention" else layer_state_bytes(model))
-        for layer, kind in enumerate(model.layer_types)
+        layer + (cache if kind == "full_attention" else layer_state_bytes(model))
+        for layer, kind in zip(weights, model.layer_types, strict=True)
     ]
     tail = table.lm_head or table.embedding
     tail += table.mtp + table.mtp_experts + cache if mtp else 0

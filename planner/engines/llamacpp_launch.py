@@ -68,6 +68,5 @@ def trained_tokens(model: Model, ctx_tokens: int) -> int:
     return original if isinstance(original, int) else model.max_position_embeddings
 
 
-
 def _base(model: Model) -> str:
     return model.repo.rstrip("/").rsplit("/", 1)[-1]

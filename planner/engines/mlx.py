@@ -17,11 +17,10 @@ The slope with the context is what was measured: 88.3 kB per token on Qwen3.6-35
 values take 20,480 B, scores 65,536 B, the mask 2,048 B of it.
 """
 
-from dataclasses import dataclass
-
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import weight_table
@@ -63,8 +62,8 @@ CONSTANTS = Constants(
 )
 
 
-def runs_on(devices: tuple[Device, ...], version: str) -> str | None:
-    if any(device.vendor != "apple" for device in devices):
+def runs_on(device: Device, version: str) -> str | None:
+    if device.vendor != "apple":
         return "MLX is planned for Apple silicon only: use llama.cpp or vLLM here"
     return None
 

@@ -22,12 +22,12 @@ Decode: partial sums of 16 splits [seqs, 1 + draft, H, 16, D + 2] f32; logits in
 Unpacked weights: the largest quantized matrix in bf16 (GPU: large chunks go through the vendor's matmul).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import Piece, WeightFormat, pieces
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from .engine import Allocation, DeviceShare, Engine, Setup
@@ -79,16 +79,15 @@ CONSTANTS = Constants(
 )
 
 
-def runs_on(devices: tuple[Device, ...], version: str) -> str | None:
+def runs_on(device: Device, version: str) -> str | None:
     """Where the kernels compile to: CUDA from Turing on, four ROCm targets, CPUs."""
-    for device in devices:
-        capability = device.compute_capability
-        if device.vendor == "nvidia" and capability and float(capability) < 7.5:
-            return f"{device.title} has compute capability {capability}: the native runtime starts at 7.5 (Turing)"
-        if device.vendor == "amd" and capability not in ROCM_TARGETS:
-            return f"{device.title}: the native runtime is compiled for {', '.join(ROCM_TARGETS)}, not {capability}"
-        if device.vendor in ("apple", "intel"):
-            return f"the native runtime has no kernels for {device.title}: use MLX or llama.cpp"
+    capability = device.compute_capability
+    if device.vendor == "nvidia" and capability and float(capability) < 7.5:
+        return f"{device.title} has compute capability {capability}: the native runtime starts at 7.5 (Turing)"
+    if device.vendor == "amd" and capability not in ROCM_TARGETS:
+        return f"{device.title}: the native runtime is compiled for {', '.join(ROCM_TARGETS)}, not {capability}"
+    if device.vendor in ("apple", "intel"):
+        return f"the native runtime has no kernels for {device.title}: use MLX or llama.cpp"
     return None
 
 

@@ -196,7 +196,7 @@ def _stations(setup: Setup) -> tuple[tuple[Station, ...], tuple[int, ...]]:
             continue
         fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
         context = scratch.outside(len(setup.devices), False, fp4)
-        safe_fraction = getattr(device, "safe_fraction", None) or 1
+        safe_fraction = device.safe_fraction or 1
         stations.append(
             Station(
                 device=device,

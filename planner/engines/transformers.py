@@ -16,11 +16,10 @@ Read in transformers 5.23.0:
 Not modelled: offloading to host memory, tensor parallel plans (they need torchrun), padded batches.
 """
 
-from dataclasses import dataclass
-
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import WeightTable, weight_table
@@ -67,7 +66,7 @@ CONSTANTS = Constants(
 )
 
 
-def runs_on(devices: tuple[Device, ...], version: str) -> str | None:
+def runs_on(device: Device, version: str) -> str | None:
     """None: torch runs on every kind of device in the catalog."""
     return None
 
@@ -115,6 +114,7 @@ def estimate(setup: Setup) -> "TransformersEstimate":
         chunk_tokens=options.max_num_batched_tokens or 0,
         prefill_bytes_per_token=(low, mid, int(mid * CONSTANTS.allocator_overhead)),
         chunk_bytes_per_ctx_token=_chunk_bytes_per_ctx_token(model, options.max_num_batched_tokens or 0),
+        score_bytes_per_pair=_score_bytes_per_pair(model, setup.devices),
         logits_bytes_per_seq=CONSTANTS.logits_bytes_per_word * model.vocab_size,
         vision_scratch=_vision_scratch(setup),
     )
@@ -151,6 +151,7 @@ class TransformersEstimate:
     chunk_tokens: int  # 0: the prompt is not cut
     prefill_bytes_per_token: tuple[int, int, int]
     chunk_bytes_per_ctx_token: int
+    score_bytes_per_pair: tuple[int, int, int]  # of a query token and a context token; 0 where attention is fused
     logits_bytes_per_seq: int
     vision_scratch: Amount
 
@@ -201,8 +202,9 @@ class TransformersEstimate:
 
     def _activation(self, ctx_tokens: int, seqs: int, bound: int) -> int:
         """Prefill and image encoding do not overlap, so the larger of the two counts."""
-        prefill = seqs * (self._tokens_at_once(ctx_tokens) * self.prefill_bytes_per_token[bound])
-        prefill += seqs * (self.logits_bytes_per_seq + ctx_tokens * self.chunk_bytes_per_ctx_token)
+        per_token = self.prefill_bytes_per_token[bound] + ctx_tokens * self.score_bytes_per_pair[bound]
+        per_seq = self._tokens_at_once(ctx_tokens) * per_token + self.logits_bytes_per_seq
+        prefill = seqs * (per_seq + ctx_tokens * self.chunk_bytes_per_ctx_token)
         scratch = self.vision_scratch
         return max(prefill, (scratch.low, scratch.mid, scratch.high)[bound])
 
@@ -350,6 +352,17 @@ def _chunk_bytes_per_ctx_token(model: Model, chunk_tokens: int) -> int:
     if not chunk_tokens:
         return 0
     return 3 * chunk_tokens + 4 * model.num_attention_heads * model.head_dim
+
+
+def _score_bytes_per_pair(model: Model, devices: tuple[Device, ...]) -> tuple[int, int, int]:
+    """(low, mid, high) where torch has no fused prefill for 256-wide grouped heads: scores and their softmax in full.
+
+    Metal, and CUDA before 8.0: `integrations/sdpa_attention.py` asks for `enable_gqa`, which only the flash kernel and
+    the plain one take. Not measured.
+    """
+    unfused = any(device.vendor == "apple" or 0 < _capability(device) < 8 for device in devices)
+    heads = model.num_attention_heads if unfused else 0
+    return 0, 4 * heads, 8 * heads
 
 
 def _vision_scratch(setup: Setup) -> Amount:

@@ -257,7 +257,7 @@ def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int
         if place < len(stations):
             continue
         fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
-        safe_fraction = getattr(device, "safe_fraction", None) or 1
+        safe_fraction = device.safe_fraction or 1
         stations.append(
             Station(
                 device=device,

@@ -12,6 +12,7 @@ import ast
 import json
 import os
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def line(engine: Any, name: str, weights: str, vendor: str, ctx_tokens: int, seq
     return engine.estimate(setup).command(ctx_tokens, seqs)
 
 
+@lru_cache
 def argparse_parser(text: str) -> argparse.ArgumentParser:
     """A parser with every `add_argument` of that source; defaults and help are left behind, types and choices kept."""
     tree = ast.parse(text)
