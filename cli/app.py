@@ -8,7 +8,7 @@ import typer
 
 from ..profiles.errors import BadInput
 from .completion import completer
-from .options import FORMATS, OPTIONS, Option, Values, parse_format
+from .options import FORMATS, OPTIONS, Option, Values
 from .output import clean, say, write
 
 Answer = Callable[[Values], int]
@@ -84,7 +84,7 @@ def _models(wanted: Wanted = "", form: Form = "table", json: Json = False) -> No
 
 
 def _catalog_format(form: str, json: bool) -> str:
-    if parse_format(form) not in CATALOG_FORMATS:
+    if form not in CATALOG_FORMATS:
         raise BadInput(f"--format {form}: a catalog has {', '.join(CATALOG_FORMATS)}")
     if json and form not in ("table", "json"):
         raise BadInput(f"--json and --format {form}: choose one")

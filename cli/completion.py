@@ -23,7 +23,7 @@ def models() -> Names:
 
 
 def engines() -> Names:
-    from ..planner.search import ENGINE_MODULES
+    from ..planner.candidates import ENGINE_MODULES
 
     return ((name, "") for name in ENGINE_MODULES)
 

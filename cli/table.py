@@ -57,7 +57,7 @@ def table(plan: Plan, screen: Screen, notes: tuple[str, ...] = ()) -> str:
         _head(plan, screen, notes, paint),
         _memory(plan, screen, paint),
         wrapped(phrases.limits(plan.best), screen.width, rest="  "),
-        _list("Mind", [("", warning) for warning in plan.best.warnings], screen, paint),
+        _list("Warnings", [("", warning) for warning in plan.best.warnings], screen, paint),
         *((launch, advice) if plan.fits else (advice, launch)),
         _runners_up(plan, screen, paint),
         _list("Ruled out", list(phrases.refusals(plan)), screen, paint),

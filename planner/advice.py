@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from ..profiles.device import Device, devices
 from ..profiles.errors import QwenfitError
+from .candidates import engine_module
 from .plan import Advice, EnginePlan, Plan
 from .request import Request
-from .search import engine_module, plan, variant
+from .search import plan, variant
 
 GIB = 1 << 30
 MAX_WEIGHT_CHANGES = 3

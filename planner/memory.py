@@ -1,6 +1,6 @@
 """Amounts of memory that say how sure they are, and the six parts that every engine's allocation is told in."""
 
-from dataclasses import dataclass, fields
+from ..profiles.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,21 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, Amount]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "weights": self.weights,
+            "kv_cache": self.kv_cache,
+            "recurrent_state": self.recurrent_state,
+            "activation": self.activation,
+            "graph": self.graph,
+            "runtime": self.runtime,
+        }
 
     @property
     def total(self) -> Amount:
-        total = NOTHING
-        for amount in self.parts.values():
-            total = total + amount
-        return total
+        parts = self.parts.values()
+        return Amount(
+            sum([part.low for part in parts]),
+            sum([part.mid for part in parts]),
+            sum([part.high for part in parts]),
+            all([part.exact for part in parts]),
+        )

@@ -1,10 +1,10 @@
 """The answer: plans for one request, best first, each with its memory, its limits and its launch line."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 from ..profiles.device import Device
+from ..profiles.frozen import dataclass
 from ..profiles.model import Model
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
 from .memory import Amount, Memory

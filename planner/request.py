@@ -1,6 +1,6 @@
 """What is asked: a model, devices, a context and a number of sequences, and whatever the asker wants fixed."""
 
-from dataclasses import dataclass, field
+from ..profiles.frozen import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)

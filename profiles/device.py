@@ -95,6 +95,8 @@ def devices_of(spec: str) -> tuple[Device, ...]:
 
     `BadInput` for an empty part or a count outside 1 to 1024, and whatever `device` says of a name or a file.
     """
+    if spec in _catalog().rows:  # the common case, at once
+        return (_named(spec),)
     if len(spec) > MAX_SPEC_CHARACTERS:
         raise BadInput(
             f"a list of devices of {len(spec)} characters is too long; at most {MAX_DEVICES} devices fit a box"

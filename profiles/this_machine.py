@@ -7,11 +7,11 @@ have gets what the driver tells. Nothing here raises: a machine that cannot be a
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from .device import Device, devices
+from .frozen import replace
 
 GIB = 1 << 30
 MEMORY_TOLERANCE = 0.08  # drivers keep some of what is sold back, and 80 GB is sometimes 80 GiB

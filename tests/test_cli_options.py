@@ -149,7 +149,7 @@ def test_no_amounts_of_memory(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0.0", "1.01", "nan", "inf", "1e-3", "-0.5", "90%", "٠.٥", ".9", "1."])
+@pytest.mark.parametrize("text", ["", "0", "0.0", "1.01", "nan", "inf", "1e-3", "-0.5", "90%", "٠.٥", "1."])
 def test_no_shares(text: str) -> None:
     with pytest.raises(BadInput):
         parse_fraction(text)

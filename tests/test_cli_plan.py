@@ -282,3 +282,11 @@ def test_a_broken_installation_is_no_answer() -> None:
     done = installed("sys.modules['qwenfit.planner.plan'] = None", "models")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("qwen-plan: this installation is broken") and done.stderr.count("\n") == 1
+
+
+def test_nothing_given_is_about_this_machine(qwen_plan: Any) -> None:
+    done = qwen_plan("--json")
+    assert done.status in (0, 1), done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["request"]["ctx_tokens"] == 32768 and answer["request"]["devices"]
+    assert answer["request"]["model"] == "qwen3.5-9b"

@@ -72,8 +72,8 @@ def test_cache_types_by_device() -> None:
     ("name", "text", "image"), [("rtx3090", 0.704, 0.6511), ("rtx5090", 0.779, 0.7204), ("h100-sxm", 0.83, 0.7676)]
 )
 def test_own_fraction(name: str, text: float, image: float) -> None:
-    """`handle_gpu_memory_settings` of 0.5.23 by hand. 24 GB: 24576 less 512 + 1.5 x 4096 + 128 + 2 x 48 + 8 x 50, that is
-    0.704 of it; a vision tower 1,152 wide times 0.95 x (1 - 0.1 x 0.265625). 80 GB keeps back 13,904 MiB."""
+    """`handle_gpu_memory_settings` of 0.5.23 by hand. 24 GB: 24576 less 512 + 1.5 x 4096 + 128 + 2 x 48 + 8 x 50, which
+    is 0.704 of it; a vision tower 1,152 wide times 0.95 x (1 - 0.1 x 0.265625). 80 GB keeps back 13,904 MiB."""
     nine, one = model("qwen3.5-9b"), device(name)
     assert sglang.own_fraction(one, nine, 1, 1, True) == pytest.approx(
         sglang.own_fraction(one, nine, 1, 1, False) * 0.95 * (1 - 0.1 * 0.265625)

@@ -1,11 +1,11 @@
 """What every engine file answers, and in which words."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat
+from ...profiles.frozen import dataclass, field
 from ...profiles.model import Model
 from ..memory import Memory
 from ..request import Options

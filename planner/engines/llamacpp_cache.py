@@ -1,12 +1,13 @@
-"""llama.cpp's context memory: key-value cells, recurrent state, output rows. Every figure is the engine's own, to the byte.
+"""llama.cpp's context memory: key-value cells, recurrent state, output rows. Every figure is the engine's own.
 
-- `llama-kv-cache.cpp`: a cell of one attention layer holds a row of K and a row of V, KV x D elements each, in blocks of
-  the cache type. `-c` is padded to 256 cells; with `--kv-unified` all sequences share them, otherwise each gets its
+- `llama-kv-cache.cpp`: a cell of one attention layer holds a row of K and a row of V, KV x D elements each, in blocks
+  of the cache type. `-c` is padded to 256 cells; with `--kv-unified` all sequences share them, otherwise each gets its
   n-th part, padded to 256 again (`llama-context.cpp`).
 - `llama-memory-recurrent.cpp`: one state per sequence, always F32, whatever the context: the convolution's last K-1
   columns and the state matrix of every Gated DeltaNet layer; 1 + n of them where n draft tokens may be rolled back.
 - multi-token prediction runs in a context of its own: one attention layer's cells, no state
-  (`common/speculative.cpp`, `common_speculative_init_result`); its cache type is f16 unless `-ctkd`, `-ctvd` say otherwise.
+  (`common/speculative.cpp`, `common_speculative_init_result`); its cache type is f16 unless `-ctkd`, `-ctvd` say
+  otherwise.
 - `llama_context::output_reserve`: one row of logits per sequence at boot, in host memory.
 """
 

@@ -1,12 +1,13 @@
 """llama.cpp's compute buffer: what ggml reserves for the largest batch of tokens, found by doing what ggml does.
 
-The engine builds the graph of one full ubatch against a full cache (`llama_context::sched_reserve`), walks it in order,
-and takes and gives back every intermediate tensor from one growing buffer, best fit first (`ggml-alloc.c`). The high-water
-mark is what it allocates. Fragmentation counts: the largest sum of live tensors is 14 % too low at 4k tokens of context.
+The engine builds the graph of one full ubatch against a full cache (`llama_context::sched_reserve`), walks it in
+order, and takes and gives back every intermediate tensor from one growing buffer, best fit first (`ggml-alloc.c`). The
+high-water mark is what it allocates. Fragmentation counts: the largest sum of live tensors is 14 % too low at 4k tokens
+of context.
 
 Here the walk is data: words of which `+q` takes a buffer, `-q` gives it back, and `x=out` lets a name stand for another
-buffer (an operation that works in place). They follow `src/models/qwen35.cpp`, `qwen35moe.cpp`, `delta-net-base.cpp` and
-`src/llama-graph.cpp` at b11434. A layer of each kind stands for all: further ones find the same holes. On every
+buffer (an operation that works in place). They follow `src/models/qwen35.cpp`, `qwen35moe.cpp`, `delta-net-base.cpp`
+and `src/llama-graph.cpp` at b11434. A layer of each kind stands for all: further ones find the same holes. On every
 size of the family the result is the engine's own figure to the byte (tests/data/llamacpp_alloc.jsonl).
 
 N tokens of a ubatch, E hidden size, H query heads, KV key-value heads, D head dim.
@@ -39,8 +40,8 @@ BEGIN = {
 }
 LINEAR = (
     "+norm +conv_rows +qkv +conv_in -conv_rows -qkv +state -s_copy +conv_out -conv_in +q_norm +k_norm +alpha +decay "
-    "-alpha +beta_in +beta -beta_in +delta -q_norm -k_norm -conv_out -decay -beta -state +heads -delta +z -norm +z_gate "
-    "-z -z_gate +out -heads -out"
+    "-alpha +beta_in +beta -beta_in +delta -q_norm -k_norm -conv_out -decay -beta -state +heads -delta +z -norm "
+    "+z_gate -z -z_gate +out -heads -out"
 )
 ATTENTION = (
     "+norm +qg +q +q_turned? +v +v_turned? +k_in -norm +k -k_in -pos +k_turned? -k -k_idx -v -v_idx "
@@ -142,7 +143,8 @@ def compute_bytes(model: Model, batch: Batch, place: Place) -> int:
 def reserve(model: Model, batch: Batch, place: Place) -> Reserve:
     """The compute buffer for any number of cells; `batch.cells` is not looked at. With flash attention only.
 
-    Never less than `compute_bytes`, and equal wherever a server is likely to stand."""
+    `compute_bytes` exactly for the model's own graph as llama-server asks for it; for a draft's, whose one layer gives
+    the mask back early, within a few percent up to eight sequences."""
     sizes = _sizes(model, batch, place)
     sizes["mask"] = sizes["mask*"] = 0
     walk = _walk_of(model, batch, place)
@@ -189,7 +191,7 @@ def _sizes(model: Model, batch: Batch, place: Place) -> dict[str, int]:
     if place.f16_cache:
         flash += flash_scratch_bytes(model, batch.cells, batch.streams)
     if place.partial_rows:
-        rows = min(n // batch.streams, 32) * batch.streams * model.num_attention_heads
+        rows = min(-(-n // batch.streams), 32) * batch.streams * model.num_attention_heads
         flash += 4 * rows * 32 * (model.head_dim + 2)
     sizes = {
         "tokens": 4 * n,
@@ -289,8 +291,8 @@ def _walk_of(model: Model, batch: Batch, place: Place) -> Walk:
 def _walk(
     begin: str, output: bool, pipelined: bool, is_moe: bool, flash_attn: bool, rotate_k: bool, rotate_v: bool
 ) -> Walk:
-    """A Gated DeltaNet layer (two in a pipeline), an attention layer and the logits as steps. The block of multi-token prediction has
-    attention only."""
+    """A Gated DeltaNet layer (two in a pipeline), an attention layer and the logits as steps. The block of multi-token
+    prediction has attention only."""
     words = BEGIN[begin].split()
     feed_forward = (EXPERTS if is_moe else DENSE).split()
     if not begin.startswith("draft"):

@@ -7,7 +7,8 @@
   grows with the largest image; one of 46 x 46 tokens is reserved at boot, 4096 tokens are the most.
 - `ggml-cuda/fattn.cu`, `ggml-metal-ops.cpp`: flash attention in prefill makes room for K and V of one layer in f16, on
   CUDA and HIP where the cache is no f16, on Metal always.
-- `ggml-cpu/repack.cpp`: a CPU rearranges the matrices of some types into a second copy; the first stays in the page cache.
+- `ggml-cpu/repack.cpp`: a CPU rearranges the matrices of some types into a second copy; the first stays in the page
+  cache.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ...profiles.formats import WeightFormat, pieces
 from ...profiles.model import Model, Vision
 from ..memory import Amount, estimated, exactly
 from ..weights import WeightTable, weight_table
+from .engine import Setup
 from .llamacpp_cache import cell_bytes, layer_state_bytes
 from .llamacpp_compute import HOST_ALIGNMENT, PIPELINE_COPIES, Place
 
@@ -39,8 +41,8 @@ class Backend:
     pipelines: bool = False  # asynchronous copies and events: layers on several devices run as a pipeline
 
 
-# Measured rest between nvidia-smi and the engine's buffers in public logs: 0.25 to 0.6 GiB on CUDA (RTX 3090, 4090, L4);
-# the others are estimated from their drivers' footprints.
+# CUDA: what public measurements on RTX 3090 and L4 leave beside the engine's own buffers, 0.2 to 0.7 GiB. The others
+# are estimated from their drivers' footprints.
 BACKENDS = {
     "cuda": Backend("CUDA", estimated(230 * MIB, 420 * MIB, 720 * MIB), "quantized", pipelines=True),
     "hip": Backend("ROCm", estimated(250 * MIB, 500 * MIB, 900 * MIB), "quantized", pipelines=True),
@@ -227,3 +229,32 @@ def _dealt(loads: list[int], rooms: list[int], fraction: float, head: int, tail:
             counts[index] += 1
             layer += 1
     return counts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Shares of the devices, and what they take whatever the context, for one number of layers without experts."""
+
+    moved: int  # of the first layers, whose routed experts are in host memory
+    shares: tuple[Share, ...]
+    fixed_bytes: tuple[int, ...]
+    seq_bytes: tuple[int, ...]
+    doubt_bytes: tuple[int, ...]  # of what is fixed: from the expected figure to the upper end
+
+
+def layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
+    options, mtp = setup.options, bool(setup.mtp)
+    found = shares(setup.model, setup.weights, setup.devices, *types, mtp, setup.vision, options.image_tokens, moved)
+    return Layout(
+        moved=moved,
+        shares=found,
+        fixed_bytes=tuple(
+            share.weights_bytes + share.expert_copy_bytes + share.backend.runtime.mid + share.vision.mid
+            for share in found
+        ),
+        seq_bytes=tuple(share.state_bytes * (1 + setup.mtp) for share in found),
+        doubt_bytes=tuple(
+            share.backend.runtime.high - share.backend.runtime.mid + share.vision.high - share.vision.mid
+            for share in found
+        ),
+    )

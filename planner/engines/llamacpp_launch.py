@@ -4,7 +4,7 @@ from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
 from .engine import Setup
 from .launch import shell_line
-from .llamacpp_cache import DEFAULT_BATCH_TOKENS
+from .llamacpp_cache import DEFAULT_BATCH_TOKENS, padded
 from .llamacpp_devices import MAX_IMAGE_TOKENS
 
 ALL_LAYERS = 99
@@ -22,12 +22,12 @@ def server_line(
 ) -> str:
     """One line for a POSIX shell.
 
-    `-c` is what all slots share: without `--kv-unified` each gets its n-th part. `layer_counts` are layers per device,
-    empty on a CPU; `on_host_layers` layers leave their experts in host memory.
+    `-c` is what all slots share, in whole blocks of 256 tokens: without `--kv-unified` each gets its n-th part.
+    `layer_counts` are layers per device, empty on a CPU; `on_host_layers` layers leave their experts in host memory.
     """
     model, (k_type, v_type) = setup.model, types
     words: list[object] = ["llama-server", "-m", gguf_name(model, setup.weights, bool(setup.mtp))]
-    words += ["-c", ctx_tokens * seqs, "-np", seqs, "--no-kv-unified"]
+    words += ["-c", padded(ctx_tokens) * seqs, "-np", seqs, "--no-kv-unified"]
     words += ["-ngl", ALL_LAYERS if layer_counts else 0, "-fa", "on", "-ctk", k_type, "-ctv", v_type]
     words += ["-b", max(DEFAULT_BATCH_TOKENS, ubatch), "-ub", ubatch, "--fit", "off"]
     if len(layer_counts) > 1:

@@ -1,12 +1,11 @@
-"""Ollama: llama.cpp's server behind a scheduler of its own (read at git fb30760 of 21 August 2026, which became 0.33.0 and
-pins llama.cpp b10488).
+"""Ollama: llama.cpp's server behind a scheduler of its own, read at git fb30760 of 21 August 2026 (llama.cpp b10488).
 
 On top of `llamacpp.py`:
-- `llama/runner`: `-c num_ctx x parallel -np parallel`, `-b` and `-ub` equal: 512, above 4,096 tokens of context 1024,
-  above 32,768 tokens 2048, and less again where Ollama's own prediction and 768 MiB or 2 GiB more would not fit. Planned
-  with 512 where it is tight; what the larger batch takes is shown as far as there is room.
-- no `-ngl` and no `--fit off`: llama.cpp fits the model itself and keeps 1 GiB free on every device, so that GiB counts as
-  taken here, and experts go to host memory by themselves.
+- `-c num_ctx x parallel -np parallel`, `-b` and `-ub` equal: 512, above 4,096 tokens of context 1024, above 32,768
+  tokens 2048, and less again where Ollama's own prediction and 768 MiB or 2 GiB more would not fit. Planned with 512;
+  what the larger batch takes is shown as far as there is room.
+- no `-ngl` and no `--fit off`: llama.cpp fits the model itself and keeps 1 GiB free on every device, so that GiB cannot
+  be used here, and experts go to host memory by themselves.
 - its library's tags of these models bring the vision tower, which is loaded in any case; the default tag is Q4_K_M.
 - `PredictServerVRAM`, by which it schedules models, counts a cache in every layer, four times the truth.
 
@@ -24,13 +23,13 @@ from ..memory import Amount, Memory
 from . import llamacpp
 from .engine import Allocation, DeviceShare, Engine, Setup
 from .launch import shell_line
-from .llamacpp import FIT_MARGIN_BYTES, GIB, LlamaCppEstimate
+from .llamacpp import FIT_MARGIN_BYTES, GIB, SPARE, LlamaCppEstimate
 
 ENGINE = Engine(
     name="ollama",
     default_version="0.33.0",
     versions=("0.33.0",),
-    source="Ollama git fb30760 (21 August 2026): llama/, llm/, server/routes.go, envconfig",
+    source="Ollama git fb30760 (21 August 2026, before the release of 0.33.0): llm, server/routes.go, envconfig",
     parallelism="layers",
 )
 
@@ -144,7 +143,7 @@ class OllamaEstimate:
     def _predicted_bytes(self, tokens: int) -> int:
         """`PredictServerVRAM`: the files, and an f16 cache of all layers."""
         model = self.setup.model
-        weights = sum(share.weights_bytes for share in self.least.layout.shares) + self.least.embedding_bytes
+        weights = sum(share.weights_bytes for share in self.least.layout.shares) + self.least.host.embedding_bytes
         head = model.hidden_size // model.num_attention_heads
         return weights + 2 * model.num_layers * model.num_key_value_heads * head * tokens * 2
 
@@ -154,8 +153,8 @@ class OllamaEstimate:
         room = sum(device.usable_bytes for device in self.setup.devices)
         if predicted > room:
             found.append(
-                f"Ollama predicts {predicted / GIB:.1f} GiB, for it counts a cache in every layer: it unloads other models "
-                "first, and prefers a small batch"
+                f"Ollama predicts {predicted / GIB:.1f} GiB, for it counts a cache in every layer: it unloads other "
+                "models first, and prefers a small batch"
             )
         if self.setup.devices[0].kind != "cpu":
             found.append(
@@ -170,8 +169,8 @@ class OllamaEstimate:
 def _with_batch(share: DeviceShare, larger: DeviceShare) -> DeviceShare:
     """The activation of the larger batch as far as there is room for it."""
     memory, more = share.memory, larger.memory.activation
-    room = share.usable_bytes - memory.total.high
-    added = max(0, min(more.mid - memory.activation.mid, room))
+    doubt = memory.runtime.high - memory.runtime.mid
+    added = max(0, min(more.mid - memory.activation.mid, int(SPARE * share.usable_bytes) - doubt - memory.total.mid))
     if not added:
         return share
     activation = memory.activation

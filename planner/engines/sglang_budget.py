@@ -228,8 +228,8 @@ class SglangEstimate:
     def _reason(self, station: Station, memory: Memory, ctx_tokens: int, seqs: int, shortfall: int) -> str:
         if shortfall == self._overdrawn_bytes:
             return (
-                f"a static fraction of {self._choices[-1].thousandths / 1000} leaves {shortfall / GIB:.2f} GiB too little "
-                f"on {station.device.title} for activations and graphs"
+                f"a static fraction of {self._choices[-1].thousandths / 1000} leaves {shortfall / GIB:.2f} GiB "
+                f"too little on {station.device.title} for activations and graphs"
             )
         sequences = "one sequence" if seqs == 1 else f"{seqs:,} sequences"
         return (

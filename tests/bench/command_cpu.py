@@ -28,7 +28,7 @@ def cpu_s(command: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="CPU seconds of the whole qwen-plan process.")
     parser.add_argument("-n", type=int, default=15, help="runs (default 15)")
     parser.add_argument("command", nargs="*", default=QUESTION)
     asked = parser.parse_args()

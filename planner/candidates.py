@@ -1,0 +1,174 @@
+"""What is tried on some devices: engines and their versions, formats, cache types and layouts over the devices.
+
+Everything here leaves out the context and the number of sequences, so one preparation serves every question about them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+
+from ..profiles.device import Device
+from ..profiles.errors import UnknownName, Unsupported
+from ..profiles.formats import WeightFormat, weight_format
+from ..profiles.model import Model
+from ..profiles.names import did_you_mean, quote
+from .engines.engine import Engine, Estimate, Setup
+from .quality import divergence
+from .request import Options
+
+ENGINE_MODULES = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "llama.cpp": "llamacpp",
+    "ollama": "ollama",
+    "mlx": "mlx",
+    "ktransformers": "ktransformers",
+    "transformers": "transformers",
+    "native": "native",
+}
+
+
+@lru_cache
+def engine_module(name: str) -> ModuleType:
+    """The engine's file. Imported when first asked for: a call pays for the engines that it considers."""
+    if name not in ENGINE_MODULES:
+        near = did_you_mean(name, ENGINE_MODULES)
+        raise UnknownName(f"no engine {quote(name)}: {near}there are {', '.join(ENGINE_MODULES)}")
+    return import_module(f".engines.{ENGINE_MODULES[name]}", __package__)
+
+
+@lru_cache
+def known_version(engine: Engine, version: str) -> str:
+    """The version asked for if its rules are known, the newest known one at or below it otherwise."""
+    if not version:
+        return engine.default_version
+    asked = version_key(version)
+    if not asked:
+        raise UnknownName(f"{quote(version)} is no version of {engine.name}: write it like {engine.default_version}")
+    if asked < version_key(engine.versions[0])[: len(asked)]:
+        raise UnknownName(
+            f"{engine.name} {version} is older than the oldest whose rules are known ({engine.versions[0]})"
+        )
+    return version
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Numbers of a version such as 0.32.0, v0.5.23 or b11434; empty where there are none."""
+    numbers: list[int] = []
+    for part in version.lstrip("vb").split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits[:9]))
+    return tuple(numbers)
+
+
+class Candidates:
+    """Setups of one engine, best quality first. Each is worked out when it is first reached, and kept."""
+
+    def __init__(self, prepare: Callable[[Setup], Estimate], setups: list[Setup], refusal: str | None) -> None:
+        self._prepare = prepare
+        self._left = setups[::-1]
+        self._made: list[tuple[Setup, Estimate]] = []
+        self.refusal = refusal  # the first reason heard why something is not offered
+
+    def __iter__(self) -> Iterator[tuple[Setup, Estimate]]:
+        place = 0
+        while place < len(self._made) or self._make_next():
+            yield self._made[place]
+            place += 1
+
+    def _make_next(self) -> bool:
+        while self._left:
+            setup = self._left.pop()
+            try:
+                self._made.append((setup, self._prepare(setup)))
+                return True
+            except Unsupported as reason:
+                self.refusal = self.refusal or str(reason)
+        return False
+
+
+@lru_cache(maxsize=65536)
+def candidates(
+    module: ModuleType,
+    version: str,
+    model: Model,
+    devices: tuple[Device, ...],
+    weights: str | None,
+    kv_dtype: str | None,
+    state_dtype: str,
+    mtp: int,
+    vision: bool,
+    tp: int | None,
+    pp: int | None,
+    options: Options,
+) -> Candidates:
+    """What an engine offers for a model on devices; None stands for whatever the engine takes.
+
+    Raises UnknownName for a weight format that does not exist.
+    """
+    refusal = _refusal(module.ENGINE, model, mtp, vision, tp)
+    refusal = refusal or _first(module.runs_on(device, version) for device in dict.fromkeys(devices))
+    if refusal:
+        return Candidates(module.estimate, [], refusal)
+    formats: list[WeightFormat] = []
+    for name in _weight_names(module, weights, model, devices[0]):
+        fmt = weight_format(name)
+        reason = _first(module.loads(model, fmt, device, version) for device in devices)
+        if reason is None:
+            formats.append(fmt)
+        refusal = refusal or reason
+    kv_dtypes = module.kv_dtypes(devices[0], version)
+    if kv_dtype is not None:
+        kv_dtypes = kv_dtypes[:1] if kv_dtype == "auto" else (kv_dtype,)
+    pairs = [(fmt, own) for fmt in formats for own in kv_dtypes]
+    pairs.sort(key=lambda pair: divergence(pair[0].divergence, pair[1], state_dtype))
+    places = list(_placements(module.ENGINE, model, len(devices), tp, pp))
+    setups = [
+        Setup(model, fmt, devices[: ranks * stages], version, own, state_dtype, ranks, stages, mtp, vision, options)
+        for fmt, own in pairs
+        for ranks, stages in places
+    ]
+    return Candidates(module.estimate, setups, refusal)
+
+
+def _refusal(engine: Engine, model: Model, mtp: int, vision: bool, tp: int | None) -> str | None:
+    if vision and model.vision is None:
+        return f"{model.name} has no vision tower: leave out --vision"
+    if mtp and not model.mtp_num_hidden_layers:
+        return f"{model.name} has no multi-token prediction layer: leave out --mtp"
+    if engine.parallelism != "tensor" and tp not in (None, 1):
+        return f"{engine.name} has no tensor parallelism: leave out --tp"
+    return None
+
+
+def _first(reasons: Iterator[str | None]) -> str | None:
+    return next(filter(None, reasons), None)
+
+
+def _weight_names(module: ModuleType, weights: str | None, model: Model, device: Device) -> tuple[str, ...]:
+    if weights is None:
+        return (model.stored,) if model.stored else module.weight_formats(model, device)
+    if weights.strip().lower() == "bf16":  # unquantized, whatever the file is called: GGUF has its own name for it
+        own = (known for known in module.weight_formats(model, device) if known.endswith("-bf16"))
+        return (next(own, "bf16"),)
+    return (weights,)
+
+
+def _placements(
+    engine: Engine, model: Model, devices: int, tp: int | None, pp: int | None
+) -> Iterator[tuple[int, int]]:
+    """Ways to lay the model over that many devices, as (tp, pp), the preferred one first."""
+    if engine.parallelism == "layers":
+        yield 1, pp or devices
+    elif engine.parallelism == "single":
+        yield 1, 1
+    elif tp or pp:
+        tp = tp or max(1, devices // (pp or 1))
+        yield tp, pp or max(1, devices // tp)
+    else:
+        for ranks in range(devices, 0, -1):
+            if devices % ranks == 0 and model.num_attention_heads % ranks == 0:
+                yield ranks, devices // ranks
