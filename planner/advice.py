@@ -14,7 +14,7 @@ MAX_WEIGHT_CHANGES = 3
 
 
 def advise(answer: Plan) -> tuple[Advice, ...]:
-    """Changes to the best plan: those that make it fit first, then by what they save. Empty where it fits with room."""
+    """Changes to the best plan, those that are enough first. Empty where it fits with room."""
     best = answer.best
     if best.fits and not best.tight:
         return ()
@@ -27,12 +27,12 @@ def advise(answer: Plan) -> tuple[Advice, ...]:
         saves = best.shortfall_bytes - changed.shortfall_bytes
         if saves > 0:
             found.setdefault(change, Advice(change, changed.fits, _effect(best, changed, saves), saves))
-    advice = sorted(found.values(), key=lambda one: (not one.fits, -one.saves_bytes))
-    advice += _smaller_asks(best)
+    by_saving = sorted(found.values(), key=lambda one: -one.saves_bytes)
+    enough = [one for one in by_saving if one.fits] + _smaller_asks(best)
     larger = _smallest_device(answer)
     if larger:
-        advice.append(larger)
-    return tuple(advice)
+        enough.append(larger)
+    return tuple(enough + [one for one in by_saving if not one.fits])
 
 
 def pinned(answer: Plan, best: EnginePlan) -> Request:

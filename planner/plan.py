@@ -114,10 +114,10 @@ class EnginePlan:
 
     def _host_note(self) -> tuple[str, ...]:
         assumed = self.assumed_host_bytes
-        if assumed is None or self.host.weights.mid <= assumed // 8:
+        if assumed is None or self.host.weights.mid <= assumed // 4:
             return ()
         gib = assumed >> 30
-        return (f"host memory was not given and is taken to be {gib} GiB: say --host-ram for what this machine has",)
+        return (f"host memory was not given: {gib} GiB are taken to be free; --host-ram says how much there is",)
 
     @property
     def devices(self) -> tuple[DeviceShare, ...]:

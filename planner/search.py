@@ -1,11 +1,12 @@
 """Every engine's best plan for a request, and how they are ranked.
 
 Rank: what surely fits, then what fits at the expected figure, then what does not, nearest first. Among those that fit,
-quality first (expected divergence from bf16), then engines that serve, then headroom. Speed takes its place between
-quality and headroom once there is a model of it.
+quality first (expected divergence from bf16), then engines that serve, then headroom; experts in host memory cost so
+much speed that they only come before what is coarser than four bits. Speed takes its place between quality and headroom
+once there is a model of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -19,8 +20,11 @@ from .plan import MAX_CTX_TOKENS, EnginePlan, Plan, Skipped
 from .quality import STATE_DIVERGENCE
 from .request import Options, Request
 
-# Host memory where nobody said how much there is: a desktop's 64 GiB, or twice the devices' where those are large.
-ASSUMED_HOST_BYTES = 64 << 30
+# Free host memory where nobody said how much there is: what a desktop of 32 GiB has left, or one and a half times the
+# devices' own where those are large.
+ASSUMED_HOST_BYTES = 24 << 30
+
+FOUR_BIT_DIVERGENCE = 0.03  # the best four-bit recipes lie well below it, the best three-bit ones above
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
@@ -88,46 +92,70 @@ def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
 def _best_of(
     module: ModuleType, version: str, request: Request, asked_model: Model, devices: tuple[Device, ...]
 ) -> EnginePlan:
-    """The engine's best plan: the first sure fit in order of quality, else a tight one, else the nearest miss."""
-    assumed = _assumed_host_bytes(devices) if request.options.host_memory_bytes is None else None
-    offered = candidates(
-        module,
-        version,
-        asked_model,
-        devices,
-        request.weights,
-        request.kv_dtype,
-        request.state_dtype or "float32",
-        request.mtp,
-        bool(request.vision),
-        request.tp,
-        request.pp,
-        _with_host(request.options, assumed) if assumed else request.options,
-    )
+    """The engine's best plan. Experts stay on the devices where that leaves four-bit quality or better."""
+    options = request.options
+    assumed = _assumed_host_bytes(devices) if options.host_memory_bytes is None else None
+    ways = [_with_host(options, assumed) if assumed else options]
+    if asked_model.is_moe and options.offload_experts is None:
+        ways.insert(0, _on_devices(ways[0]))
     notes = _notes(asked_model, request.ctx_tokens)
+    found: list[EnginePlan] = []
+    refusal: str | None = None
+    for way in ways:
+        offered = candidates(
+            module,
+            version,
+            asked_model,
+            devices,
+            request.weights,
+            request.kv_dtype,
+            request.state_dtype or "float32",
+            request.mtp,
+            bool(request.vision),
+            request.tp,
+            request.pp,
+            way,
+        )
+        made = (
+            EnginePlan(module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed)
+            for setup, estimate in offered
+        )
+        found += _worth_ranking(made)
+        refusal = refusal or offered.refusal
+        if found and _rank(found[0])[:2] == (0, 0):
+            break
+    if not found:
+        raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
+    return min(found, key=_rank)
+
+
+def _worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+    """Of plans in order of quality: the first sure fit, else the first tight one, else the nearest miss."""
     tight: EnginePlan | None = None
     nearest: EnginePlan | None = None
-    for setup, estimate in offered:
-        found = EnginePlan(module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed)
+    for found in plans:
         if not found.fits:
             if nearest is None or found.shortfall_bytes < nearest.shortfall_bytes:
                 nearest = found
         elif found.tight:
             tight = tight or found
         else:
-            return found
+            return [found]
     best = tight or nearest
-    if best is None:
-        raise Unsupported(offered.refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
-    return best
+    return [best] if best else []
+
+
+@lru_cache(maxsize=4096)
+def _on_devices(options: Options) -> Options:
+    return replace(options, offload_experts=False)
 
 
 @lru_cache(maxsize=4096)
 def _assumed_host_bytes(devices: tuple[Device, ...]) -> int | None:
-    """Host memory that is taken for granted beside devices with memory of their own."""
+    """Free host memory that is taken for granted beside devices with memory of their own."""
     if devices[0].kind != "discrete":
         return None
-    return max(ASSUMED_HOST_BYTES, 2 * sum(device.memory_bytes for device in devices))
+    return max(ASSUMED_HOST_BYTES, 3 * sum(device.memory_bytes for device in devices) // 2)
 
 
 @lru_cache(maxsize=4096)
@@ -149,11 +177,13 @@ def _notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
     return (scaling, f"beyond {MAX_CTX_TOKENS:,} tokens the model has no published rope scaling: quality is unknown")
 
 
-def _rank(candidate: EnginePlan) -> tuple[object, ...]:
+def _rank(candidate: EnginePlan) -> tuple[float, ...]:
     if not candidate.fits:
         return (2, candidate.shortfall_bytes)
+    coarse = candidate.divergence > FOUR_BIT_DIVERGENCE
+    place = 2 * coarse + candidate.allocation.offloads
     serves = engine_module(candidate.engine).ENGINE.serves
-    return (int(candidate.tight), round(candidate.divergence, 4), not serves, candidate.shortfall_bytes)
+    return (candidate.tight, place, round(candidate.divergence, 4), not serves, candidate.shortfall_bytes)
 
 
 def _nothing_runs(skipped: list[Skipped]) -> str:

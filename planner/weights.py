@@ -6,11 +6,11 @@ embedding and lm_head by the vocabulary. Each shard is priced by its own shape, 
 divides are paid by every rank.
 """
 
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..profiles.errors import Unsupported
 from ..profiles.formats import Piece, WeightFormat, pieces
+from ..profiles.frozen import dataclass, replace
 from ..profiles.model import Model
 from ..profiles.storage import Storage, storage_bytes
 

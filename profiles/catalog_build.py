@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from .catalog import ROWS, fingerprint
 from .device import Device
 from .device_file import build, parse_yaml
 from .errors import BadInput
+from .frozen import fields
 
 _GIB = 1 << 30
 _MIB = 1 << 20

@@ -9,11 +9,11 @@ files: that is what the Hugging Face cache consists of.
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from .config import Config, read_config
 from .errors import BadInput, Unsupported
+from .frozen import replace
 from .json_file import read_json_object, short
 from .model import Model, Tensor
 from .roles import classify, pattern_of

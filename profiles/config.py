@@ -10,13 +10,13 @@ Importing this module imports pydantic: callers do it when they have a file to r
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from .config_fields import DenseFields, Fields, SparseFields, TextFields, VisionFields
 from .errors import BadInput, Unsupported
+from .frozen import dataclass, field, replace
 from .json_file import read_json_object, short
 from .model import Model, Vision
 from .quantization_config import read_quantization, stored_format

@@ -6,11 +6,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, UnknownName
+from .frozen import dataclass, field
 from .names import did_you_mean, fold, join_or, quote
 
 if TYPE_CHECKING:
@@ -93,10 +93,16 @@ def devices() -> tuple[Device, ...]:
 def devices_of(spec: str) -> tuple[Device, ...]:
     """The devices of one box, as `--gpu` takes them: `rtx3090`, `2xrtx3090`, `rtx4090,rtx3060`, `2xrtx3090,my.yaml`.
 
+    `auto` stands for this machine.
+
     `BadInput` for an empty part or a count outside 1 to 1024, and whatever `device` says of a name or a file.
     """
     if spec in _catalog().rows:  # the common case, at once
         return (_named(spec),)
+    if spec.strip().lower() == "auto":
+        from .this_machine import this_machine  # it describes devices, so it stands above this file
+
+        return this_machine()
     if len(spec) > MAX_SPEC_CHARACTERS:
         raise BadInput(
             f"a list of devices of {len(spec)} characters is too long; at most {MAX_DEVICES} devices fit a box"

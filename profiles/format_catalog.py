@@ -11,7 +11,7 @@ same nominal bits (0.0087 to 0.0353 for Q4_K_M). All other figures are estimates
   (voipmonitor/rtx6kpro, benchmarks/kld-evaluation.md, 2026).
 """
 
-from dataclasses import dataclass
+from .frozen import dataclass
 
 _SWEEP = "Qwen3.5-9B GGUF sweep, r/LocalLLaMA 1rr72lr"
 _SCALED = "llama.cpp perplexity README, Llama-3-8B scoreboard x 0.31 (estimated)"

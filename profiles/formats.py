@@ -13,12 +13,12 @@ shared_expert_gate except in MLX (which quantizes every Linear) and GGUF (which 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 from . import storage as stores
 from .errors import UnknownName, Unsupported
 from .format_catalog import ALIASES, FIXED, INTEGER_DIVERGENCE, PIECE_DIVERGENCE, SYMMETRIC_INT4_PENALTY, Fixed
+from .frozen import dataclass, field
 from .gguf_mixture import gguf_tensors
 from .model import Model, Tensor
 from .storage import Storage, plain, storage_bytes

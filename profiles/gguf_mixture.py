@@ -12,8 +12,8 @@ Uploaders' own recipes (UD-, _L and _XL files) are not here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from .frozen import dataclass
 from .ggml import GGML_TYPES
 from .model import Model, Tensor
 

@@ -8,9 +8,9 @@ Which layers attend fully is told by their tensors.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 from .errors import BadInput, Unsupported
+from .frozen import replace
 from .gguf_header import GgufHeader, GgufTensor, Value, read_gguf_header
 from .json_file import short
 from .model import Model, Tensor

@@ -8,9 +8,10 @@ heads, D head dim (256), NK / NV linear key / value heads, DK / DV their dims (1
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, prod
+
+from .frozen import dataclass, field
 
 # Bits of one element by safetensors' dtype word (safetensors 0.8, `Dtype`). GGML's block types are in `ggml.py`.
 DTYPE_BITS = {

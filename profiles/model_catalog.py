@@ -8,11 +8,11 @@ in a format of ours) and `layout` (`tensors.Layout`: how its checkpoint names an
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from .errors import BadInput, UnknownName
+from .frozen import replace
 from .model import Model, Vision
 from .tensors import Layout, layer_kinds, tensor_list
 

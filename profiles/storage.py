@@ -4,10 +4,10 @@ A matrix is [rows, columns] = [out, in]; dimensions before those count matrices 
 own, so a last block that is not full still costs a whole one.
 """
 
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
+from .frozen import dataclass, replace
 from .ggml import GGML_TYPES
 from .model import DTYPE_BITS
 

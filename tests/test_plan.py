@@ -1,4 +1,4 @@
-"""The answer's shape, and what must hold for every plan: parts sum to the total, more never takes less, larger never fails."""
+"""The shape of the answer, and what holds for every plan: parts sum to the total, more never takes less."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the README shows is what happens. QWENFIT_WRITE_GOLDEN=1 pastes today's answer into it, to be read in the diff."""
+"""What the README shows is what happens. QWENFIT_WRITE_GOLDEN=1 pastes the answer of today, to be read in the diff."""
 
 import os
 from pathlib import Path

@@ -56,6 +56,13 @@ def test_experts_go_to_host_memory_only_as_far_as_there_is_some():
     assert told.host.weights.mid > 150 << 30
 
 
+def test_experts_stay_on_the_devices_where_that_costs_no_more_than_four_bits():
+    roomy = plan(Request(model="35b-a3b", devices=("2xrtx3090",), ctx_tokens=32768))
+    assert not roomy.best.allocation.offloads
+    small = plan(Request(model="35b-a3b", devices=("rtx3060",), ctx_tokens=32768)).best
+    assert small.fits and small.allocation.offloads and small.divergence < 0.03
+
+
 def test_fixing_engine_weights_and_cache_yields_one_plan():
     answer = plan(Request(devices=("rtx3090",), engine="llama.cpp", weights="q8_0", kv_dtype="q4_0"))
     assert [(one.engine, one.weights, one.kv_dtype) for one in answer.plans] == [("llama.cpp", "q8_0", "q4_0")]

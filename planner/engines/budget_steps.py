@@ -5,7 +5,8 @@ stops at the first that serves; fractions are whole thousandths.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from ...profiles.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Allocation:
     reasons: tuple[str, ...] = ()  # why it does not fit; empty where it does
     warnings: tuple[str, ...] = ()
     detail: Mapping[str, object] = field(default_factory=dict)  # the engine's own words
+    offloads: bool = False  # routed experts are read from host memory
 
     @property
     def fits(self) -> bool:

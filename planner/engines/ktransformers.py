@@ -207,6 +207,7 @@ class KTransformersEstimate:
                 "gpu_experts": 0,
                 "gpu_experts_that_would_fit": spare_experts,
             },
+            offloads=True,
         )
 
     def command(self, ctx_tokens: int, seqs: int) -> str:

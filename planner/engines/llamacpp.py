@@ -10,12 +10,12 @@ of the state and a prompt cache (`llamacpp_host.py`). Experts move there layer b
 not fit otherwise.
 """
 
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
+from ...profiles.frozen import dataclass, field, replace
 from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import weight_table
@@ -140,6 +140,7 @@ class LlamaCppEstimate:
             reasons=self._reasons(chosen, devices, ctx_tokens, seqs),
             warnings=self._warnings(chosen, free, ctx_tokens, seqs),
             detail=self._detail(chosen, cells, ctx_tokens, seqs),
+            offloads=chosen.moved > 0,
         )
 
     def command(self, ctx_tokens: int, seqs: int) -> str:

@@ -11,9 +11,8 @@
 - `llama_context::output_reserve`: one row of logits per sequence at boot, in host memory.
 """
 
-from dataclasses import dataclass
-
 from ...profiles.errors import BadInput, UnknownName, Unsupported
+from ...profiles.frozen import dataclass
 from ...profiles.ggml import GGML_TYPES
 from ...profiles.model import Model
 from .llamacpp_compute import DRAFT, WHOLE, Batch, batch_tokens, compute_bytes

@@ -13,9 +13,9 @@ size of the family the result is the engine's own figure to the byte (tests/data
 N tokens of a ubatch, E hidden size, H query heads, KV key-value heads, D head dim.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 
 HOST_ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT
@@ -144,7 +144,7 @@ def reserve(model: Model, batch: Batch, place: Place) -> Reserve:
     """The compute buffer for any number of cells; `batch.cells` is not looked at. With flash attention only.
 
     `compute_bytes` exactly for the model's own graph as llama-server asks for it; for a draft's, whose one layer gives
-    the mask back early, within a few percent up to eight sequences."""
+    the mask back early, within 15 % up to eight sequences."""
     sizes = _sizes(model, batch, place)
     sizes["mask"] = sizes["mask*"] = 0
     walk = _walk_of(model, batch, place)

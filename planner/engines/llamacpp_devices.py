@@ -11,11 +11,11 @@
   cache.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat, pieces
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model, Vision
 from ..memory import Amount, estimated, exactly
 from ..weights import WeightTable, weight_table

@@ -6,8 +6,7 @@
   prompts of up to 8 GiB (told in warnings, for it is a limit and not a need).
 """
 
-from dataclasses import dataclass
-
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from ..memory import Memory, estimated, exactly
 from .llamacpp_cache import DEFAULT_BATCH_TOKENS, layer_state_bytes

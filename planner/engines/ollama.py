@@ -13,11 +13,10 @@ The settings are the server's environment, so the launch line starts a server, w
 `OLLAMA_...=... ollama serve & sleep 3; ollama run qwen3.5:9b`. Where a server runs already, set the variables there.
 """
 
-from dataclasses import dataclass, replace
-
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
+from ...profiles.frozen import dataclass, replace
 from ...profiles.model import Model
 from ..memory import Amount, Memory
 from . import llamacpp
@@ -113,6 +112,7 @@ class OllamaEstimate:
                 "default_num_ctx": _default_ctx_tokens(self.setup.devices),
                 "predicted_by_ollama_bytes": self._predicted_bytes(ctx_tokens * seqs),
             },
+            offloads=answer.offloads,
         )
 
     def command(self, ctx_tokens: int, seqs: int) -> str:

@@ -10,10 +10,10 @@ SGLang's own fraction, raises it where the request needs that and the activation
 chunks; the memory taken never falls along the way.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from ...profiles.device import Device
+from ...profiles.frozen import dataclass
 from ..memory import Amount, Memory, exactly
 from . import vllm_scratch as scratch
 from .budget_steps import Choice, choices

@@ -8,10 +8,10 @@ All bytes are those of one tensor-parallel rank. Pool bytes are what SGLang call
 what `mem_fraction_static` keeps back.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...profiles.errors import BadInput, UnknownName, Unsupported
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from .vllm_pool import stage_layers
 

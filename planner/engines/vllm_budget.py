@@ -12,11 +12,11 @@ small the utilization rises, then the batch falls, and in such an order that the
 more sequences or heavier weights only ever move on along the list.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
 from ...profiles.device import Device
+from ...profiles.frozen import dataclass
 from ..memory import Amount, Memory, exactly
 from ..weights import WeightTable
 from . import vllm_scratch as scratch

