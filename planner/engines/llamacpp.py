@@ -10,7 +10,9 @@ of the state and a prompt cache (`llamacpp_host.py`). Experts move there layer b
 not fit otherwise.
 """
 
+from bisect import bisect_left
 from functools import lru_cache
+from itertools import accumulate
 
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
@@ -86,7 +88,13 @@ def estimate(setup: Setup, margin_bytes: int = 0) -> "LlamaCppEstimate":
         host_limit_bytes=None if on_cpu else options.host_memory_bytes,
         margin_bytes=margin_bytes,
         layout=layout(setup, types, 0),
-        host=Host(setup.model, 0 if on_cpu else table.embedding, table.experts, bool(setup.mtp), len(setup.devices)),
+        host=Host(
+            setup.model,
+            0 if on_cpu else table.embedding,
+            tuple(accumulate(table.experts, initial=0)),
+            bool(setup.mtp),
+            len(setup.devices),
+        ),
     )
 
 
@@ -170,19 +178,29 @@ class LlamaCppEstimate:
             return self.layout
         most = self.setup.model.num_layers
         for doubted in (True, False):
-            if self._device_bytes(self._layout_of(most), ctx_tokens, seqs, doubted)[0] > 0:
+            short = self._device_bytes(self._layout_of(most), ctx_tokens, seqs, doubted)[0]
+            if short > 0:
                 continue
-            low, high = -1, most
-            while high - low > 1:
-                middle = (low + high) // 2
-                if self._device_bytes(self._layout_of(middle), ctx_tokens, seqs, doubted)[0] > 0:
-                    low = middle
-                else:
-                    high = middle
-            found = self._layout_of(high)
+            found = self._layout_of(self._fewest(-short, ctx_tokens, seqs, doubted))
             if not doubted or self._worst_bytes(found, ctx_tokens, seqs) <= 0:
                 return found
         return self._layout_of(most)
+
+    def _fewest(self, spare_bytes: int, ctx_tokens: int, seqs: int, doubted: bool) -> int:
+        """Layers whose experts have to move, where `spare_bytes` stay free once all have."""
+        sums = self.host.moved_sums
+        if len(self.layout.shares) == 1:  # what comes back to the one device is what it takes more
+            fewest = bisect_left(sums, sums[-1] - spare_bytes)
+            none = not fewest or self._device_bytes(self.layout, ctx_tokens, seqs, doubted)[0] <= 0
+            return 0 if none else fewest
+        low, high = -1, len(sums) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._device_bytes(self._layout_of(middle), ctx_tokens, seqs, doubted)[0] > 0:
+                low = middle
+            else:
+                high = middle
+        return high
 
     def _device_bytes(self, layout: Layout, ctx_tokens: int, seqs: int, doubted: bool = False) -> tuple[int, int]:
         """Bytes missing on the tightest device, and bytes taken on all."""

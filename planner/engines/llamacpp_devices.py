@@ -105,9 +105,9 @@ def shares(
     for index, device in enumerate(devices):
         last = index == len(devices) - 1
         layers = range(first, first + counts[index])
-        attention = sum(model.layer_types[layer] == "full_attention" for layer in layers)
+        attention = model.layer_types[layers.start : layers.stop].count("full_attention")
         backend = backend_of(device)
-        weights = sum(loads[layer] for layer in layers)
+        weights = sum(loads[layers.start : layers.stop])
         if last:
             weights += table.norm + (table.lm_head or table.embedding)
             weights += table.mtp + table.mtp_experts if mtp else 0

@@ -25,7 +25,7 @@ class Host:
 
     model: Model
     embedding_bytes: int  # token_embd; 0 where the host is the device
-    experts: tuple[int, ...]  # bytes of the routed experts, layer by layer
+    moved_sums: tuple[int, ...]  # bytes of the routed experts of the first 0, 1, 2, ... layers
     drafts: bool
     devices: int
 
@@ -47,7 +47,7 @@ class Host:
         return found + self.checkpoint_bytes(ctx_tokens, batch.seqs)
 
     def moved_bytes(self, moved: int) -> int:
-        return sum(self.experts[:moved])
+        return self.moved_sums[moved]
 
     def logits_bytes(self, seqs: int) -> int:
         return 4 * self.model.vocab_size * seqs * (2 if self.drafts else 1)
