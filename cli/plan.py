@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer(values: Values) -> int:
     """Plan what was asked for, and show it."""
-    from ..planner.search import plan
+    from ..planner import plan
 
     question = asked(values)
     found = plan(question.request)

@@ -7,7 +7,7 @@ from ..profiles.errors import QwenfitError
 from .candidates import engine_module
 from .plan import Advice, EnginePlan, Plan
 from .request import Request
-from .search import plan, variant
+from .search import search, variant
 
 GIB = 1 << 30
 MAX_WEIGHT_CHANGES = 3
@@ -21,7 +21,7 @@ def advise(answer: Plan) -> tuple[Advice, ...]:
     found: dict[str, Advice] = {}
     for change, request in _changes(answer):
         try:
-            changed = plan(request).best
+            changed = search(request).best
         except QwenfitError:
             continue
         saves = best.shortfall_bytes - changed.shortfall_bytes
@@ -124,7 +124,7 @@ def _smallest_device(answer: Plan) -> Advice | None:
         if device.usable_bytes <= have or not _same_class(device, answer.devices[0]):
             continue
         try:
-            changed = plan(variant(request, devices=(device.name,), tp=None, pp=None)).best
+            changed = search(variant(request, devices=(device.name,), tp=None, pp=None)).best
         except QwenfitError:
             continue
         if changed.fits and not changed.tight:

@@ -14,6 +14,7 @@ from ..profiles.formats import WeightFormat, weight_format
 from ..profiles.model import Model
 from ..profiles.names import did_you_mean, quote
 from .engines.engine import Engine, Estimate, Setup
+from .engines.versions import release
 from .quality import divergence
 from .request import Options
 
@@ -40,28 +41,18 @@ def engine_module(name: str) -> ModuleType:
 
 @lru_cache
 def known_version(engine: Engine, version: str) -> str:
-    """The version asked for if its rules are known, the newest known one at or below it otherwise."""
+    """The version asked for, the engine's default for an empty one. Raises UnknownName for what is no version, or is
+    older than any whose rules were read."""
     if not version:
         return engine.default_version
-    asked = version_key(version)
+    asked = release(version)
     if not asked:
         raise UnknownName(f"{quote(version)} is no version of {engine.name}: write it like {engine.default_version}")
-    if asked < version_key(engine.versions[0])[: len(asked)]:
+    if asked < release(engine.versions[0])[: len(asked)]:
         raise UnknownName(
             f"{engine.name} {version} is older than the oldest whose rules are known ({engine.versions[0]})"
         )
     return version
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """Numbers of a version such as 0.32.0, v0.5.23 or b11434; empty where there are none."""
-    numbers: list[int] = []
-    for part in version.lstrip("vb").split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits[:9]))
-    return tuple(numbers)
 
 
 class Candidates:

@@ -183,6 +183,7 @@ class Plan:
     devices: tuple[Device, ...]
     plans: tuple[EnginePlan, ...]  # best first: sure fits, tight fits, then what does not fit, nearest first
     skipped: tuple[Skipped, ...]
+    advisor: "Advisor | None" = None
 
     @property
     def best(self) -> EnginePlan:
@@ -195,9 +196,7 @@ class Plan:
     @cached_property
     def advice(self) -> tuple[Advice, ...]:
         """What to change where the best plan does not fit, or only just does."""
-        from .advice import advise  # it plans again itself, so it stands above this file
-
-        return advise(self)
+        return self.advisor(self) if self.advisor else ()
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -216,6 +215,9 @@ class Plan:
             ],
             "skipped": [{"engine": skipped.engine, "reason": skipped.reason} for skipped in self.skipped],
         }
+
+
+Advisor = Callable[[Plan], tuple[Advice, ...]]
 
 
 def _largest(fits: Callable[[int], bool], ceiling: int) -> int:

@@ -1,9 +1,10 @@
 """Every engine's best plan for a request, and how they are ranked.
 
 Rank: what surely fits, then what fits at the expected figure, then what does not, nearest first. Among those that fit,
-quality first (expected divergence from bf16), then engines that serve, then headroom; experts in host memory cost so
-much speed that they only come before what is coarser than four bits. Speed takes its place between quality and headroom
-once there is a model of it.
+quality first (expected divergence from bf16), then engines that serve, then headroom. Two things cost so much speed
+that they count already: experts in host memory only come before what is coarser than four bits, and devices that wait
+for each other (layers split over them) come after ones that work together at about the same quality. Speed itself takes
+its place between quality and headroom once there is a model of it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,9 @@ from ..profiles.frozen import replace
 from ..profiles.model import Model, model
 from ..profiles.names import quote
 from .candidates import ENGINE_MODULES, candidates, engine_module, known_version
-from .plan import MAX_CTX_TOKENS, EnginePlan, Plan, Skipped
+from .engines.engine import Engine
+from .engines.versions import release
+from .plan import MAX_CTX_TOKENS, Advisor, EnginePlan, Plan, Skipped
 from .quality import STATE_DIVERGENCE
 from .request import Options, Request
 
@@ -30,8 +33,8 @@ MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
 
 
-def plan(request: Request) -> Plan:
-    """Every engine's best plan for a request, ranked.
+def search(request: Request, advisor: Advisor | None = None) -> Plan:
+    """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is.
 
     Raises UnknownName, BadInput or Unsupported where there is no answer; "does not fit" is an answer.
     """
@@ -52,7 +55,7 @@ def plan(request: Request) -> Plan:
     if not plans:
         raise Unsupported(_nothing_runs(skipped))
     plans.sort(key=_rank)
-    return Plan(request, asked_model, devices, tuple(plans), tuple(skipped))
+    return Plan(request, asked_model, devices, tuple(plans), tuple(skipped), advisor)
 
 
 def _check(request: Request) -> None:
@@ -98,7 +101,7 @@ def _best_of(
     ways = [_with_host(options, assumed) if assumed else options]
     if asked_model.is_moe and options.offload_experts is None:
         ways.insert(0, _on_devices(ways[0]))
-    notes = _notes(asked_model, request.ctx_tokens)
+    notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
     found: list[EnginePlan] = []
     refusal: str | None = None
     for way in ways:
@@ -163,7 +166,16 @@ def _with_host(options: Options, host_memory_bytes: int) -> Options:
     return replace(options, host_memory_bytes=host_memory_bytes)
 
 
-def _notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
+@lru_cache
+def _version_notes(engine: Engine, version: str) -> tuple[str, ...]:
+    newest = engine.versions[-1]
+    if release(version) <= release(newest):
+        return ()
+    return (f"{engine.name} {version} is newer than the newest whose rules were read: those of {newest} are used",)
+
+
+@lru_cache
+def _context_notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
     native = asked_model.max_position_embeddings
     if ctx_tokens <= native:
         return ()
@@ -182,8 +194,18 @@ def _rank(candidate: EnginePlan) -> tuple[float, ...]:
         return (2, candidate.shortfall_bytes)
     coarse = candidate.divergence > FOUR_BIT_DIVERGENCE
     place = 2 * coarse + candidate.allocation.offloads
-    serves = engine_module(candidate.engine).ENGINE.serves
-    return (candidate.tight, place, round(candidate.divergence, 4), not serves, candidate.shortfall_bytes)
+    engine = engine_module(candidate.engine).ENGINE
+    waits = candidate.pp > 1 and engine.parallelism == "layers"
+    class_of_quality, exact_quality = round(candidate.divergence, 2), round(candidate.divergence, 4)
+    return (
+        candidate.tight,
+        place,
+        class_of_quality,
+        waits,
+        exact_quality,
+        not engine.serves,
+        candidate.shortfall_bytes,
+    )
 
 
 def _nothing_runs(skipped: list[Skipped]) -> str:

@@ -3,7 +3,8 @@
 import pytest
 
 from qwenfit.planner import Options, Request, plan
-from qwenfit.planner.candidates import ENGINE_MODULES, engine_module, known_version, version_key
+from qwenfit.planner.candidates import ENGINE_MODULES, engine_module, known_version
+from qwenfit.planner.engines.versions import release
 from qwenfit.planner.search import variant
 from qwenfit.profiles import BadInput, UnknownName, Unsupported
 
@@ -121,8 +122,20 @@ def test_versions_fall_between_the_known_ones():
     vllm = engine_module("vllm").ENGINE
     assert known_version(vllm, "") == vllm.default_version
     assert known_version(vllm, "0.32") == "0.32"
-    assert version_key("b11434") == (11434,)
-    assert version_key("0.19.1") < version_key("0.20") < version_key("0.20.2")
+    assert release("b11434") == (11434,)
+    assert release("0.19.1") < release("0.20") < release("0.20.2")
+
+
+def test_a_version_newer_than_any_that_was_read_says_so():
+    best = plan(Request(devices=("rtx3090",), engine="vllm@99.1")).best
+    assert any("99.1 is newer" in text for text in best.warnings)
+    assert not any("newer" in text for text in plan(Request(devices=("rtx3090",), engine="vllm")).best.warnings)
+
+
+def test_cards_that_work_together_come_before_cards_that_wait_for_each_other():
+    answer = plan(Request(model="27b", devices=("8xh100-sxm",), ctx_tokens=32768))
+    assert answer.best.tp > 1
+    assert answer.best.divergence < 0.005
 
 
 def test_options_reach_the_engine():
