@@ -3,7 +3,8 @@
 import sys
 from typing import NamedTuple
 
-from ..profiles.device import Device, devices
+from ..profiles.device import Device
+from ..profiles.device_names import devices
 from ..profiles.errors import UnknownName
 from ..profiles.model import Model, models
 from .output import clean, columns, screen, write

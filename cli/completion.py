@@ -8,7 +8,7 @@ Names = Iterable[tuple[str, str]]  # a name and a word about it
 
 
 def devices() -> Names:
-    from ..profiles.device import devices as catalog
+    from ..profiles.device_names import devices as catalog
 
     yield "auto", "this machine"
     for device in catalog():

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..profiles.device import Device, devices
+from ..profiles.device import Device
+from ..profiles.device_names import devices
 from ..profiles.errors import QwenfitError
 from .candidates import engine_module
 from .plan import Advice, EnginePlan, Plan

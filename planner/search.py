@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import ModuleType
 
-from ..profiles.device import Device, devices_of
+from ..profiles.box import devices_of
+from ..profiles.device import Device
 from ..profiles.errors import BadInput, UnknownName, Unsupported
 from ..profiles.frozen import replace
 from ..profiles.model import Model, model

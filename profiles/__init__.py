@@ -1,6 +1,7 @@
 """What is true of machines, models and weight formats. Imports nothing else of qwenfit."""
 
-from .device import device, devices, devices_of
+from .box import devices_of
+from .device_names import device, devices
 from .errors import BadInput, QwenfitError, UnknownName, Unsupported
 from .formats import weight_format
 from .model import model, models

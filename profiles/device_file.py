@@ -23,13 +23,14 @@ import datetime
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from .device import Device, device
+from .device import Device
 from .errors import BadInput, UnknownName
 from .json_file import short
 from .names import nearest
@@ -110,8 +111,11 @@ _KEYS = (*Entry.model_fields, *_PREFIXED, "like")
 _USABLE_FRACTION = {"discrete": 0.97, "unified": 0.75, "cpu": 0.9}
 
 
-def read_device(path: str) -> Device:
-    """The device in a YAML file. `BadInput`, naming the file and the field, for anything else."""
+def read_device(path: str, find: Callable[[str], Device]) -> Device:
+    """The device in a YAML file; `find` looks up the one that it is `like`.
+
+    `BadInput`, naming the file and the field, for anything else.
+    """
     where = path[:300] if path.isprintable() else ascii(path[:300])
     raw = parse_yaml(_read_bytes(path, where), where)
     _refuse_unknown_keys(raw, where)
@@ -122,7 +126,7 @@ def read_device(path: str) -> Device:
     if "usable_bytes" in entry:
         entry.setdefault("usable_source", where)
     like = entry.pop("like", None)
-    entry = _completed(entry, where) if like is None else _changed(_base(like, where), entry, where)
+    entry = _completed(entry, where) if like is None else _changed(_base(like, where, find), entry, where)
     return build(entry, where, path)
 
 
@@ -258,11 +262,11 @@ def _completed(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return entry
 
 
-def _base(like: object, where: str) -> Device:
+def _base(like: object, where: str, find: Callable[[str], Device]) -> Device:
     if not isinstance(like, str) or like.lower().endswith((".yaml", ".yml")) or "/" in like or "\\" in like:
         raise BadInput(f"{where}: like must be the name of a device of the catalog, not {short(like)}")
     try:
-        return device(like)
+        return find(like)
     except UnknownName as error:
         raise BadInput(f"{where}: like: {error}") from None
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from datetime import date
 from typing import Any
 
-from .device import Device, devices
+from .device import Device
+from .device_names import devices
 from .frozen import replace
 
 GIB = 1 << 30

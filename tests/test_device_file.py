@@ -241,7 +241,7 @@ def test_any_values_are_a_device_or_a_sentence(tmp_path: Path, values: dict[str,
     path = tmp_path / "any.yaml"
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", newline="")
     try:
-        mine = read_device(str(path))
+        mine = read_device(str(path), device)
     except QwenfitError as error:
         assert "any.yaml" in str(error) and "\n" not in str(error)
     else:

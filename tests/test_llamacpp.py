@@ -11,7 +11,7 @@ from qwenfit.planner.engines import llamacpp
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.engines.llamacpp_devices import shares
 from qwenfit.planner.request import Options
-from qwenfit.profiles.device import device, devices_of
+from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import UnknownName, Unsupported
 from qwenfit.profiles.formats import weight_format
 from qwenfit.profiles.model import model

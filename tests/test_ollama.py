@@ -7,7 +7,7 @@ import pytest
 from qwenfit.planner.engines import llamacpp, ollama
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.request import Options
-from qwenfit.profiles.device import device, devices_of
+from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import weight_format
 from qwenfit.profiles.model import model

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from qwenfit.profiles import device, devices
 from qwenfit.profiles import this_machine as probe
-from qwenfit.profiles.device import device, devices
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -16,7 +16,7 @@ from qwenfit.planner.engines import llamacpp, ollama
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.engines.llamacpp_cache import CACHE_TYPES
 from qwenfit.planner.request import Options
-from qwenfit.profiles.device import devices_of
+from qwenfit.profiles import devices_of
 from qwenfit.profiles.formats import weight_format
 from qwenfit.profiles.model import model
 
