@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from qwenfit.profiles import UnknownName, device, devices
 
 NAMES = [entry.name for entry in devices()]
