@@ -100,7 +100,7 @@ def _best_of(
     options = request.options
     assumed = _assumed_host_bytes(devices) if options.host_memory_bytes is None else None
     ways = [_with_host(options, assumed) if assumed else options]
-    if asked_model.is_moe and options.offload_experts is None:
+    if module.ENGINE.offloads and asked_model.is_moe and options.offload_experts is None:
         ways.insert(0, _on_devices(ways[0]))
     notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
     found: list[EnginePlan] = []

@@ -20,6 +20,7 @@ class Engine:
     versions: tuple[str, ...]  # known ones, oldest first; a version between two follows the older
     source: str
     parallelism: str = "tensor"  # tensor: tp x pp ranks; layers: whole layers per device (tp 1, pp devices); single
+    offloads: bool = False  # can keep routed experts in host memory
     serves: bool = True  # built to serve requests; False: a library or a runner
     released: bool = True  # False: planned for, not ranked unless asked for by name
 

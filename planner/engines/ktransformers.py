@@ -29,6 +29,7 @@ ENGINE = Engine(
     default_version="0.7.2",
     versions=("0.7.2",),
     source="sglang-kt 0.7.2: server_args.py, model_runner_kv_cache_mixin.py, kt_ep_wrapper.py; kt-kernel 0.7.2",
+    offloads=True,
 )
 
 GIB = 1 << 30

@@ -35,6 +35,7 @@ ENGINE = Engine(
     source="llama.cpp b11434: llama-context.cpp, llama-kv-cache.cpp, llama-memory-recurrent.cpp, ggml-alloc.c, "
     "ggml-backend.cpp, common/arg.cpp, tools/server",
     parallelism="layers",
+    offloads=True,
 )
 
 GIB = 1 << 30

@@ -10,6 +10,7 @@ SGLang's own fraction, raises it where the request needs that and the activation
 chunks; the memory taken never falls along the way.
 """
 
+from bisect import bisect_left
 from functools import cached_property
 
 from ...profiles.device import Device
@@ -71,7 +72,7 @@ class SglangEstimate:
         if not self.cuda_graphs:
             return 0.0
         batch = min(seqs, self.largest_decode_batch)
-        captures = sum(size < batch for size in DECODE_BATCHES) + 1
+        captures = bisect_left(DECODE_BATCHES, batch) + 1
         prefill = PREFILL_GRAPH_BYTES * PREFILL_GRAPHS.get(self.chunks[chunk], 50)
         return captures * scratch.CONSTANTS.graph_bytes_per_capture[bound] + prefill
 
