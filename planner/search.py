@@ -98,10 +98,14 @@ def _best_of(
 ) -> EnginePlan:
     """The engine's best plan. Experts stay on the devices where that leaves four-bit quality or better."""
     options = request.options
-    assumed = _assumed_host_bytes(devices) if options.host_memory_bytes is None else None
-    ways = [_with_host(options, assumed) if assumed else options]
-    if module.ENGINE.offloads and asked_model.is_moe and options.offload_experts is None:
-        ways.insert(0, _on_devices(ways[0]))
+    assumed = None
+    ways = [options]
+    if module.ENGINE.offloads and asked_model.is_moe:
+        if options.host_memory_bytes is None:
+            assumed = _assumed_host_bytes(devices)
+            ways = [_with_host(options, assumed) if assumed else options]
+        if options.offload_experts is None:
+            ways.insert(0, _on_devices(ways[0]))
     notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
     found: list[EnginePlan] = []
     refusal: str | None = None
@@ -126,11 +130,11 @@ def _best_of(
         )
         found += _worth_ranking(made)
         refusal = refusal or offered.refusal
-        if found and _rank(found[0])[:2] == (0, 0):
+        if way is not ways[-1] and found and _rank(found[0])[:2] == (0, 0):
             break
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
-    return min(found, key=_rank)
+    return min(found, key=_rank) if len(found) > 1 else found[0]
 
 
 def _worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:

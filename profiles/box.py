@@ -3,7 +3,7 @@
 import os
 
 from .device import Device
-from .device_names import device, is_path
+from .device_names import device, is_name, is_path
 from .errors import BadInput
 from .names import quote
 
@@ -18,6 +18,8 @@ def devices_of(spec: str) -> tuple[Device, ...]:
 
     `BadInput` for an empty part or a count outside 1 to 1024, and whatever `device` says of a name or a file.
     """
+    if is_name(spec):  # the common case, at once
+        return (device(spec),)
     if spec.strip().lower() == "auto":
         from .this_machine import this_machine
 

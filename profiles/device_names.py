@@ -22,6 +22,8 @@ def device(name_or_path: str) -> Device:
     The same name gives the same object; so does the same path until the file changes. `UnknownName` names up to three
     similar devices, `BadInput` says what is wrong with a file.
     """
+    if is_name(name_or_path):
+        return _named(name_or_path)
     if is_path(name_or_path):
         return _read(name_or_path)
     name = _find(name_or_path)
@@ -48,6 +50,11 @@ def device(name_or_path: str) -> Device:
 def devices() -> tuple[Device, ...]:
     """Every device of the catalog, in its order."""
     return tuple(map(_named, _catalog().rows))
+
+
+def is_name(text: str) -> bool:
+    """Whether the catalog has a device of exactly that name."""
+    return text in _catalog().rows
 
 
 def is_path(text: str) -> bool:
