@@ -122,6 +122,8 @@ def _model_record(model: Model) -> dict[str, object]:
         "linear_attention_layers": model.linear_attention_layers,
         "num_experts": model.num_experts,
         "vision": model.vision is not None,
+        "max_image_tokens": model.vision.max_image_tokens if model.vision else 0,
+        "max_video_tokens": model.vision.max_video_tokens if model.vision else 0,
         "mtp": model.mtp_num_hidden_layers > 0,
         "source": model.source,
     }

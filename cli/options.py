@@ -59,6 +59,16 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_image(text: str) -> int:
+    """Tokens, from their number or from an image's size in pixels: 4096, 1920x1080."""
+    width, x, height = text.partition("x")
+    if not x:
+        return parse_tokens(text)
+    from ..profiles.vision_tokens import image_tokens
+
+    return image_tokens(parse_count(width), parse_count(height))
+
+
 def parse_bytes(text: str) -> int:
     """Bytes, from a number and a unit: 32GiB, 64GB."""
     unit = text.lstrip("0123456789. ")
@@ -156,7 +166,7 @@ OPTIONS = (
     Option(
         "vision",
         ("--vision",),
-        "load the vision tower, or not [default: as the engine does]",
+        "load the vision tower, or not [default: text only]",
         off=("--text-only",),
     ),
     Option("tp", ("--tp",), "tensor-parallel size [default: chosen]", "N", parse_count),
@@ -188,15 +198,15 @@ OPTIONS = (
     Option(
         "image_tokens",
         ("--image-tokens",),
-        "tokens of the largest image [default: the model's limit]",
-        "TOKENS",
-        parse_tokens,
+        "the largest image, in tokens or in pixels (1920x1080) [default: the model's limit]",
+        "SIZE",
+        parse_image,
         group="options",
     ),
     Option(
         "host_memory_bytes",
         ("--host-ram",),
-        "host memory, such as 32GiB: plans that need more do not fit [default: not judged]",
+        "host memory, such as 32GiB: plans that need more do not fit [default: 24 GiB free, or 1.5x the devices]",
         "BYTES",
         parse_bytes,
         group="options",
@@ -204,7 +214,7 @@ OPTIONS = (
     Option(
         "offload_experts",
         ("--offload-experts",),
-        "routed experts in host memory, or not [default: where nothing else fits]",
+        "routed experts in host memory, or not [default: where the devices alone leave less than four bits]",
         off=("--no-offload-experts",),
         group="options",
     ),

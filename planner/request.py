@@ -14,7 +14,7 @@ class Options:
     cuda_graphs: bool = True
     image_tokens: int | None = None  # largest image, in tokens; None: the model's own limit
     offload_experts: bool | None = None  # routed experts in host memory; None: only where nothing else fits
-    host_memory_bytes: int | None = None  # None: not known, host memory is reported and not judged
+    host_memory_bytes: int | None = None  # None: not known; search.py says what is then taken for granted
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,3 +158,14 @@ def test_no_shares(text: str) -> None:
 def test_flags_are_said_once() -> None:
     flags = [flag for option in OPTIONS for flag in option.flags + option.off]
     assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("4096", 4096), ("4K", 4096), ("1920x1080", 2040), ("3840x2160", 8160)])
+def test_an_image_is_given_in_tokens_or_in_pixels(text: str, tokens: int) -> None:
+    assert asked({"image_tokens": text}).request.options.image_tokens == tokens
+
+
+@pytest.mark.parametrize("text", ["1920x", "x1080", "0x0", "1920 x 1080", "-1x5", "1x1000"])
+def test_an_image_without_a_size_is_refused(text: str) -> None:
+    with pytest.raises(BadInput):
+        asked({"image_tokens": text})
