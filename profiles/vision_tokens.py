@@ -2,8 +2,9 @@
 
 Images: sides rounded to multiples of 32 (patch 16, merged 2 x 2), scaled to between 65,536 and 16,777,216 pixels; a
 token is 1,024 pixels. Videos: 2 frames a second, 4 to 768 of them, two frames to a token, at most 25,165,824 pixels in
-all frames, except that a frame is never narrower than a token. (preprocessor_config.json and video_preprocessor_config.json of Qwen3.6-35B-A3B; transformers 5.23,
-`Qwen2VLImageProcessorFast` and `Qwen3VLVideoProcessor`, `smart_resize`.)
+all frames, except that a frame is never narrower than a token. (preprocessor_config.json and
+video_preprocessor_config.json of Qwen3.6-35B-A3B; transformers 5.23, `Qwen2VLImageProcessorFast` and
+`Qwen3VLVideoProcessor`, `smart_resize`.)
 """
 
 from math import ceil, floor, sqrt
