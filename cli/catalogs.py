@@ -6,7 +6,8 @@ from typing import NamedTuple
 from ..profiles.device import Device
 from ..profiles.device_names import devices
 from ..profiles.errors import UnknownName
-from ..profiles.model import Model, models
+from ..profiles.model import Model
+from ..profiles.model_catalog import models
 from .output import clean, columns, screen, write
 
 GIB = 1 << 30

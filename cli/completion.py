@@ -16,7 +16,7 @@ def devices() -> Names:
 
 
 def models() -> Names:
-    from ..profiles.model import models as catalog
+    from ..profiles.model_catalog import models as catalog
 
     for model in catalog():
         yield model.name, model.repo

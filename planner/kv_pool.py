@@ -47,7 +47,7 @@ def kv_pool(
     if engine not in ENGINES:
         raise UnknownName(f"the cache arithmetic of {engine!r} is not known: give one of {', '.join(ENGINES)}")
     if isinstance(model, str):
-        from ..profiles.model import model as look_up
+        from ..profiles.model_catalog import model as look_up
 
         model = look_up(model)
     if engine == "llama.cpp":

@@ -15,7 +15,8 @@ from ..profiles.box import devices_of
 from ..profiles.device import Device
 from ..profiles.errors import BadInput, UnknownName, Unsupported
 from ..profiles.frozen import replace
-from ..profiles.model import Model, model
+from ..profiles.model import Model
+from ..profiles.model_catalog import model
 from ..profiles.names import quote
 from .candidates import ENGINE_MODULES, candidates, engine_module, known_version
 from .engines.engine import Engine
@@ -181,12 +182,12 @@ def _version_notes(engine: Engine, version: str) -> tuple[str, ...]:
 
 @lru_cache
 def _context_notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
-    native = asked_model.max_position_embeddings
-    if ctx_tokens <= native:
+    factor = asked_model.yarn_factor(ctx_tokens)
+    if factor is None:
         return ()
-    factor = 4 if ctx_tokens > 2 * native else 2
+    native = asked_model.native_context_tokens
     scaling = (
-        f"{ctx_tokens:,} tokens need YaRN rope scaling (factor {factor} over {native:,} native tokens); "
+        f"{ctx_tokens:,} tokens need YaRN rope scaling (factor {factor:g}; {native:,} tokens are native); "
         "static YaRN applies at every length and costs quality on short prompts"
     )
     if ctx_tokens <= MAX_CTX_TOKENS:

@@ -4,7 +4,7 @@ from .box import devices_of
 from .device_names import device, devices
 from .errors import BadInput, QwenfitError, UnknownName, Unsupported
 from .formats import weight_format
-from .model import model, models
+from .model_catalog import model, models
 
 __all__ = [
     "BadInput",

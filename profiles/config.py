@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from .config_fields import DenseFields, Fields, SparseFields, TextFields, VisionFields
 from .errors import BadInput, Unsupported
+from .formats import checkpoint_bytes, weight_format
 from .frozen import dataclass, field, replace
 from .json_file import read_json_object, short
 from .model import Model, Vision
@@ -81,7 +82,10 @@ class Config:
             quantization=self.quantization,
             **self.dimensions,
         )
-        return replace(model, tensors=tensor_list(model, self.layout))
+        model = replace(model, tensors=tensor_list(model, self.layout))
+        if model.stored is None:
+            return model
+        return replace(model, release_bytes=checkpoint_bytes(model, weight_format(model.stored)))
 
 
 def read_config(path: str, folder: str | None = None) -> Config:

@@ -138,14 +138,14 @@ class Model:
     mamba_ssm_dtype: str  # the config's word; "auto" where it has none (Qwen3-Next): each engine then has its own rule
     vision: Vision | None
     tensors: tuple[Tensor, ...]
-    stored: (
-        str | None
-    )  # None: as in `tensors`, bf16; a format's name: quantized, headers not read; "checkpoint": headers read
+    # None: as in `tensors`, bf16. A format's name: quantized, headers not read. "checkpoint": headers read.
+    stored: str | None
     source: str
     path: str | None = None  # folder, config.json or GGUF file it was read from
     rope: Mapping[str, object] = field(default_factory=dict)  # rope_parameters as config.json has them
     quantization: Mapping[str, object] | None = None  # what config.json says about it: method, bits, group_size, ...
     original: tuple[Tensor, ...] = ()  # where headers were read: the same weights unquantized, from the dimensions
+    release_bytes: int | None = None  # of the quantized files, where `stored` names their format
 
     @property
     def num_layers(self) -> int:
@@ -194,10 +194,8 @@ class Model:
     @cached_property
     def checkpoint_bytes(self) -> int:
         """Bytes of all tensors as stored: safetensors' `metadata.total_size`, the tensor data of a GGUF."""
-        if self.stored not in (None, "checkpoint"):
-            from .formats import checkpoint_bytes, weight_format
-
-            return checkpoint_bytes(self, weight_format(self.stored))
+        if self.release_bytes is not None:
+            return self.release_bytes
         return sum(tensor.stored_bytes * tensor.count for tensor in self.tensors)
 
     @property
@@ -247,21 +245,3 @@ class Model:
     def _trained_tokens(self) -> int:
         original = self.rope.get("original_max_position_embeddings")
         return original if isinstance(original, int) else self.max_position_embeddings
-
-
-def model(name_or_path: str) -> Model:
-    """The model of that name (one object per name), or the one in that folder, config.json or GGUF file.
-
-    A catalog name comes before a file of the same name; `./9b` is always a path. `UnknownName` for a name that is
-    neither, `BadInput` for a path that is not there or cannot be used, `Unsupported` for another architecture.
-    """
-    from .model_catalog import find
-
-    return find(name_or_path)
-
-
-def models() -> tuple[Model, ...]:
-    """The catalog, in its order."""
-    from .model_catalog import catalog
-
-    return catalog()

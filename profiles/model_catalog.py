@@ -46,8 +46,12 @@ _SEPARATORS = str.maketrans(":_ ", "---")
 _PATH_ENDINGS = (".json", ".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
-def find(name_or_path: str) -> Model:
-    """What `model.model` promises."""
+def model(name_or_path: str) -> Model:
+    """The model of that name (one object per name), or the one in that folder, config.json or GGUF file.
+
+    A catalog name comes before a file of the same name; `./9b` is always a path. `UnknownName` for a name that is
+    neither, `BadInput` for a path that is not there or cannot be used, `Unsupported` for another architecture.
+    """
     key = name_or_path.strip().lower()
     known = _keys()
     # Ollama's qwen3.5:9b and the spelling with spaces are the same name.
@@ -68,7 +72,8 @@ def find(name_or_path: str) -> Model:
 
 
 @lru_cache(maxsize=1)
-def catalog() -> tuple[Model, ...]:
+def models() -> tuple[Model, ...]:
+    """The catalog, in its order."""
     return tuple(_named(number, None, None) for number in range(len(_entries())))
 
 
@@ -95,19 +100,22 @@ def _keys() -> Mapping[str, tuple[int, str | None, str | None]]:
 def _named(number: int, stored: str | None, repo: str | None) -> Model:
     entry = _entries()[number]
     if stored:
-        return replace(_named(number, None, None), stored=stored, repo=repo)
+        from .formats import checkpoint_bytes, weight_format
+
+        plain = _named(number, None, None)
+        return replace(plain, stored=stored, repo=repo, release_bytes=checkpoint_bytes(plain, weight_format(stored)))
     if repo not in (None, entry["repo"]):
         return replace(_named(number, None, None), repo=repo)
     if repo:
         return _named(number, None, None)
-    model = Model(
+    bare = Model(
         layer_types=layer_kinds(entry["num_hidden_layers"], entry["full_attention_interval"]),
         vision=Vision(**entry["vision"]) if entry["vision"] else None,
         tensors=(),
         stored=None,
         **{field: entry[field] for field in _FIELDS},
     )
-    return replace(model, tensors=tensor_list(model, Layout(**entry["layout"])))
+    return replace(bare, tensors=tensor_list(bare, Layout(**entry["layout"])))
 
 
 def _looks_like_path(text: str) -> bool:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from qwenfit.profiles.checkpoint import aggregate
 from qwenfit.profiles.errors import BadInput, QwenfitError, Unsupported
-from qwenfit.profiles.model import model, stored_bytes
+from qwenfit.profiles.model import stored_bytes
+from qwenfit.profiles.model_catalog import model
 from qwenfit.profiles.safetensors_header import HeaderTensor
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())["models"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwenfit.profiles.config import read_config
 from qwenfit.profiles.errors import BadInput, QwenfitError, Unsupported
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())["models"]
 TINY = {

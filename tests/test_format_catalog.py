@@ -2,7 +2,7 @@
 
 from qwenfit.profiles.format_catalog import ALIASES, FIXED, INTEGER_DIVERGENCE
 from qwenfit.profiles.gguf_mixture import FILE_TYPES
-from qwenfit.profiles.model import models
+from qwenfit.profiles.model_catalog import models
 
 BEST_FIRST = [
     *("bf16", "q8_0", "fp8", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "iq4_xs", "gptq-int4-official"),

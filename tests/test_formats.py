@@ -21,7 +21,8 @@ from qwenfit.profiles.formats import (
     tensor_bytes,
     weight_format,
 )
-from qwenfit.profiles.model import Model, Tensor, model, models
+from qwenfit.profiles.model import Model, Tensor
+from qwenfit.profiles.model_catalog import model, models
 
 DATA = Path(__file__).parent / "data"
 RELEASES = [json.loads(line) for line in (DATA / "release_sizes.jsonl").read_text().splitlines()][1:]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwenfit.profiles.gguf_mixture import FILE_TYPES, gguf_tensors
-from qwenfit.profiles.model import Model, model
+from qwenfit.profiles.model import Model
+from qwenfit.profiles.model_catalog import model
 from qwenfit.profiles.storage import plain, storage_bytes
 
 DATA = Path(__file__).parent / "data"

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from qwenfit.profiles.errors import BadInput, Unsupported
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 SIZE, LAYERS, VOCABULARY = 256, 4, 512  # of the test model; one block in two attends fully
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 64

@@ -15,7 +15,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 EXPERTS_35B = 40 * 256  # layers x experts, each with two matrices [512, 2048] and one [2048, 512]

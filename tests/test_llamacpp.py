@@ -14,7 +14,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import UnknownName, Unsupported
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -8,7 +8,7 @@ import pytest
 
 from qwenfit.planner.engines.llamacpp_cache import cache_cells, cache_types, kv_pool
 from qwenfit.profiles.errors import BadInput, UnknownName, Unsupported
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 DATA = Path(__file__).parent / "data" / "llamacpp_alloc.jsonl"
 MIB = 1 << 20

@@ -18,7 +18,7 @@ from qwenfit.planner.engines.llamacpp_compute import (
     host_bytes,
     reserve,
 )
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 DATA = Path(__file__).parent / "data" / "llamacpp_devices.jsonl"
 HOST_ALIGNED = 32  # of the remote CPU backends that stood for devices

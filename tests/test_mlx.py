@@ -15,7 +15,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 FIELD_ROWS = json.loads((Path(__file__).parent / "data" / "mlx_peak_memory.json").read_text())["rows"]

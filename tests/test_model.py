@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenfit.profiles.errors import BadInput, QwenfitError, UnknownName
-from qwenfit.profiles.model import Tensor, Vision, model, models, stored_bytes
+from qwenfit.profiles.model import Tensor, Vision, stored_bytes
+from qwenfit.profiles.model_catalog import model, models
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())["models"]
 
@@ -192,7 +193,7 @@ def test_a_config_with_yarn_in_it_reaches_further(tmp_path):
 def test_a_catalog_name_costs_little():
     """No YAML, no pydantic, nothing numeric: the command has 0.15 s in all."""
     code = (
-        "import sys; from qwenfit.profiles.model import model; model('qwen3.5-9b')\n"
+        "import sys; from qwenfit.profiles import model; model('qwen3.5-9b')\n"
         "heavy = {'yaml', 'pydantic', 'numpy', 'torch', 'difflib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -13,7 +13,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import Piece, weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 from qwenfit.profiles.storage import packed_integers, plain
 
 GIB = 1 << 30

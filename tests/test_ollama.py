@@ -10,7 +10,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 

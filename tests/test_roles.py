@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenfit.profiles.model import models
+from qwenfit.profiles.model_catalog import models
 from qwenfit.profiles.roles import classify, classify_gguf, pattern_of
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qwenfit.planner.engines.sglang_pool import Cells, cells, pool
 from qwenfit.profiles.errors import BadInput, UnknownName, Unsupported
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 TRUTH = json.loads((Path(__file__).parent / "data" / "sglang_pools.json").read_text(encoding="utf-8"))

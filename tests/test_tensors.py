@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 from qwenfit.profiles.tensors import layer_kinds
 
 DATA = Path(__file__).parent / "data"

@@ -12,7 +12,7 @@ from qwenfit.planner.request import Options
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 TEXT_9B_BYTES = 17_907_614_208  # 8,953,803,264 bf16 parameters, and A_log and the gated norm in F32

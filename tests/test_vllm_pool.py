@@ -20,7 +20,8 @@ from qwenfit.planner.engines.vllm_pool import (
     stage_layers,
 )
 from qwenfit.profiles.errors import BadInput, UnknownName, Unsupported
-from qwenfit.profiles.model import Model, model
+from qwenfit.profiles.model import Model
+from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
 DATA = Path(__file__).parent / "data"

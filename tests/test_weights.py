@@ -9,7 +9,8 @@ import pytest
 from qwenfit.planner.weights import WeightTable, weight_table
 from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.formats import GGUF_METADATA_BYTES_PER_TOKEN, checkpoint_bytes, formats, pieces, weight_format
-from qwenfit.profiles.model import Tensor, model, models
+from qwenfit.profiles.model import Tensor
+from qwenfit.profiles.model_catalog import model, models
 
 
 def parts(table: WeightTable) -> dict[str, int]:

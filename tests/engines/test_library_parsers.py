@@ -25,7 +25,7 @@ from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.request import Options
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 pytestmark = pytest.mark.engines
 

@@ -18,7 +18,7 @@ from qwenfit.planner.engines.llamacpp_cache import CACHE_TYPES
 from qwenfit.planner.request import Options
 from qwenfit.profiles import devices_of
 from qwenfit.profiles.formats import weight_format
-from qwenfit.profiles.model import model
+from qwenfit.profiles.model_catalog import model
 
 pytestmark = pytest.mark.engines
 
