@@ -76,7 +76,7 @@ class Candidates:
             try:
                 self._made.append((setup, self._prepare(setup)))
                 return True
-            except Unsupported as reason:
+            except (UnknownName, Unsupported) as reason:  # a cache type may be another engine's word
                 self.refusal = self.refusal or str(reason)
         return False
 

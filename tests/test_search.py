@@ -34,6 +34,14 @@ def test_engines_that_cannot_run_on_the_device_are_skipped_with_a_reason():
     assert {"mlx", "llama.cpp"} <= {one.engine for one in answer.plans}
 
 
+def test_a_cache_type_of_one_engine_passes_the_others_by():
+    answer = plan(Request(devices=("h100-sxm",), kv_dtype="fp8"))
+    assert "vllm" in {one.engine for one in answer.plans}
+    assert any(one.engine == "llama.cpp" and "fp8" in one.reason for one in answer.skipped)
+    answer = plan(Request(devices=("h100-sxm",), kv_dtype="q8_0"))
+    assert answer.best.engine == "llama.cpp"
+
+
 def test_an_unreleased_engine_is_planned_only_when_named():
     assert "native" not in {one.engine for one in plan(Request(devices=("rtx4090",))).plans}
     assert plan(Request(devices=("rtx4090",), engine="native")).best.engine == "native"
