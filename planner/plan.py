@@ -110,7 +110,14 @@ class EnginePlan:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        return self.notes + self._host_note() + self.allocation.warnings
+        return self.notes + self._weights_note() + self._host_note() + self.allocation.warnings
+
+    def _weights_note(self) -> tuple[str, ...]:
+        """Our own integer formats are made, not downloaded."""
+        weights, model = self.setup.weights, self.setup.model
+        if not weights.name.startswith("int") or model.stored == weights.name or model.path:
+            return ()
+        return (f"{weights.name} is made from {model.repo}, not downloaded: the line expects the result in a folder",)
 
     def _host_note(self) -> tuple[str, ...]:
         assumed = self.assumed_host_bytes

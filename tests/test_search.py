@@ -42,6 +42,13 @@ def test_a_cache_type_of_one_engine_passes_the_others_by():
     assert answer.best.engine == "llama.cpp"
 
 
+def test_weights_that_nobody_publishes_are_said_to_be_made():
+    made = plan(Request(devices=("rtx4090",), engine="vllm", weights="int4")).best
+    assert any("is made from Qwen/Qwen3.5-9B" in text for text in made.warnings)
+    published = plan(Request(model="27b", devices=("h100-sxm",), engine="vllm", weights="fp8")).best
+    assert not any("is made from" in text for text in published.warnings)
+
+
 def test_an_unreleased_engine_is_planned_only_when_named():
     assert "native" not in {one.engine for one in plan(Request(devices=("rtx4090",))).plans}
     assert plan(Request(devices=("rtx4090",), engine="native")).best.engine == "native"
