@@ -14,7 +14,7 @@ FLOORS = {
     "profiles": set(),
     "kernels": {"profiles"},
     "planner": {"profiles"},
-    "quant": {"profiles", "kernels"},
+    "quant": {"profiles", "kernels", "planner"},
     "cli": {"profiles", "kernels", "planner", "quant"},
 }
 HEAVY = {"torch", "triton", "numpy", "safetensors", "transformers"}  # only kernels and quant may know them
