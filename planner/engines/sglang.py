@@ -16,7 +16,7 @@ from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
 from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells
-from .support import capability, is_fp4, named_capability, warnings
+from .support import capability, is_fp4, named_capability, unlike_ranks, warnings
 from .vllm_budget import stage_weights
 from .vllm_scratch import MIB, MID
 
@@ -185,15 +185,9 @@ def _chunks(setup: Setup, default: int) -> tuple[int, ...]:
 
 def _stations(setup: Setup) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = weight_table(setup.model, setup.weights, setup.tp)
-    places: dict[tuple[int, Device], int] = {}
+    places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
-    place_of_rank: list[int] = []
-    for rank, device in enumerate(setup.devices):
-        stage = rank // setup.tp
-        place = places.setdefault((stage, device), len(stations))
-        place_of_rank.append(place)
-        if place < len(stations):
-            continue
+    for stage, device in places:
         fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
         context = scratch.outside(len(setup.devices), False, fp4)
         safe_fraction = device.safe_fraction or 1
@@ -206,4 +200,4 @@ def _stations(setup: Setup) -> tuple[tuple[Station, ...], tuple[int, ...]]:
                 context=context,
             )
         )
-    return tuple(stations), tuple(place_of_rank)
+    return tuple(stations), place_of_rank

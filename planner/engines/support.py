@@ -5,6 +5,7 @@ from functools import lru_cache
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
+from .engine import Setup
 
 
 def capability(device: Device) -> tuple[int, int]:
@@ -20,6 +21,13 @@ def named_capability(device: Device) -> str:
 
 def is_fp4(fmt: WeightFormat) -> bool:
     return fmt.name.startswith("nvfp4")
+
+
+def unlike_ranks(setup: Setup) -> tuple[tuple[tuple[int, Device], ...], tuple[int, ...]]:
+    """Stages and devices on which ranks hold different things, and for every rank its place among them."""
+    places: dict[tuple[int, Device], int] = {}
+    of_rank = [places.setdefault((rank // setup.tp, device), len(places)) for rank, device in enumerate(setup.devices)]
+    return tuple(places), tuple(of_rank)
 
 
 @lru_cache(maxsize=4096)

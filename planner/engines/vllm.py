@@ -13,7 +13,7 @@ from ...profiles.model import Model
 from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
-from .support import capability, is_fp4, named_capability, warnings
+from .support import capability, is_fp4, named_capability, unlike_ranks, warnings
 from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
@@ -247,15 +247,9 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 
 def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = weight_table(setup.model, setup.weights, setup.tp)
-    places: dict[tuple[int, Device], int] = {}
+    places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
-    place_of_rank: list[int] = []
-    for rank, device in enumerate(setup.devices):
-        stage = rank // setup.tp
-        place = places.setdefault((stage, device), len(stations))
-        place_of_rank.append(place)
-        if place < len(stations):
-            continue
+    for stage, device in places:
         fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
         safe_fraction = device.safe_fraction or 1
         stations.append(
@@ -268,4 +262,4 @@ def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int
                 outside=scratch.outside(len(setup.devices), uses_flashinfer(device, setup.kv_dtype), fp4),
             )
         )
-    return tuple(stations), tuple(place_of_rank)
+    return tuple(stations), place_of_rank
