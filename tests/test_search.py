@@ -172,3 +172,8 @@ def test_engine_names_of_the_search_are_the_contracts():
         "transformers",
         "native",
     ]
+
+
+def test_auto_is_the_engines_own_cache_type():
+    assert plan(Request(devices=("rtx3090",), engine="vllm", kv_dtype="auto")).best.kv_dtype == "bf16"
+    assert plan(Request(devices=("rtx3090",), engine="llama.cpp", kv_dtype="auto")).best.kv_dtype == "f16"
