@@ -106,7 +106,7 @@ def _best_of(
             assumed = _assumed_host_bytes(devices)
             ways = [_with_host(options, assumed) if assumed else options]
         if options.offload_experts is None:
-            ways.insert(0, _on_devices(ways[0]))
+            ways.insert(0, _on_devices(options))
     notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
     found: list[EnginePlan] = []
     refusal: str | None = None

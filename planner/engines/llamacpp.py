@@ -114,6 +114,7 @@ class LlamaCppEstimate:
     layout: Layout  # with all experts on the devices
     host: Host
     _layouts: dict[int, Layout] = field(default_factory=dict, repr=False)
+    _last: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
     _reserves: dict[tuple[int, int], tuple[Reserve, ...]] = field(default_factory=dict, repr=False)
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
@@ -173,6 +174,15 @@ class LlamaCppEstimate:
         return self._layouts[moved]
 
     def _chosen(self, ctx_tokens: int, seqs: int) -> Layout:
+        """The layout for this question; the last one is kept, for it is asked for several times."""
+        found = self._last.get((ctx_tokens, seqs))
+        if found is None:
+            found = self._choose(ctx_tokens, seqs)
+            self._last.clear()
+            self._last[ctx_tokens, seqs] = found
+        return found
+
+    def _choose(self, ctx_tokens: int, seqs: int) -> Layout:
         """As few layers without their experts as fit: surely if that can be, else at the expected figure."""
         fits = self._worst_bytes(self.layout, ctx_tokens, seqs) <= 0
         if not self.may_move or (fits and self.setup.options.offload_experts is None):
