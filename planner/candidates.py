@@ -81,7 +81,7 @@ class Candidates:
         return False
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=512)  # a sweep asks for one setup at many contexts; more would only feed the garbage collector
 def candidates(
     module: ModuleType,
     version: str,

@@ -46,9 +46,8 @@ def test_head_and_embeddings_at_8_bit_are_proposed_for_our_own_formats():
 
 
 def test_text_only_is_proposed_where_the_vision_tower_is_what_is_too_much():
-    request = Request(
-        model="27b", devices=("rtx3090",), ctx_tokens=65536, engine="llama.cpp", weights="q5_k_m", vision=True
-    )
-    answer = plan(request)
-    if not answer.fits:
-        assert any("text only" in one.change for one in answer.advice)
+    asked = Request(model="27b", devices=("rtx3090",), engine="llama.cpp", weights="q5_k_m", kv_dtype="f16")
+    longest = plan(asked).best.limits.max_ctx_tokens  # without the tower
+    answer = plan(variant(asked, ctx_tokens=longest, vision=True))
+    assert not answer.fits
+    assert any(one.fits and one.change.startswith("text only") for one in answer.advice)

@@ -80,7 +80,7 @@ class Share:
         return self.place.begin == "whole"
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=512)
 def shares(
     model: Model,
     fmt: WeightFormat,
