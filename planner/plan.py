@@ -100,9 +100,7 @@ class EnginePlan:
     @cached_property
     def tight(self) -> bool:
         """It fits at the expected figure, and not at the upper end of the interval."""
-        if not self.fits:
-            return False
-        return any(share.memory.total.high > share.usable_bytes for share in self.devices)
+        return self.fits and not self.estimate.is_sure(self.ctx_tokens, self.seqs)
 
     @property
     def reasons(self) -> tuple[str, ...]:

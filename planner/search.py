@@ -56,7 +56,8 @@ def search(request: Request, advisor: Advisor | None = None) -> Plan:
             skipped.append(Skipped(name, str(reason)))
     if not plans:
         raise Unsupported(_nothing_runs(skipped))
-    plans.sort(key=_rank)
+    if len(plans) > 1:
+        plans.sort(key=_rank)
     return Plan(request, asked_model, devices, tuple(plans), tuple(skipped), advisor)
 
 
@@ -131,11 +132,16 @@ def _best_of(
         )
         found += _worth_ranking(made)
         refusal = refusal or offered.refusal
-        if way is not ways[-1] and found and _rank(found[0])[:2] == (0, 0):
+        if way is not ways[-1] and found and _is_good(found[0]):
             break
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
     return min(found, key=_rank) if len(found) > 1 else found[0]
+
+
+def _is_good(candidate: EnginePlan) -> bool:
+    """A sure fit at four-bit quality or better."""
+    return candidate.fits and candidate.divergence <= FOUR_BIT_DIVERGENCE and not candidate.tight
 
 
 def _worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:

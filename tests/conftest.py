@@ -73,6 +73,9 @@ class MadeEstimate:
         total_bytes = self.memory(ctx_tokens, seqs).total.mid
         return max(total_bytes - device.usable_bytes for device in self.devices)
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         memory = self.memory(ctx_tokens, seqs)
         shares = tuple(DeviceShare(device, device.usable_bytes, memory) for device in self.devices)

@@ -97,7 +97,7 @@ def test_the_fewest_layers_move() -> None:
     assert answer.fits and answer.detail["n_cpu_moe"] == moved and 15 < moved < 30
     share = answer.devices[0]
     assert share.memory.total.high <= share.usable_bytes  # surely, where that can be
-    one_less = found._device_bytes(found._layout_of(moved - 1), 32768, 1, doubted=True)[0]
+    one_less = found._question(32768, 1).missing_bytes(found._layout_of(moved - 1), doubted=True)[0]
     assert one_less > 0
     assert answer.host.weights.mid == found.host.embedding_bytes + found.host.moved_bytes(moved)
     never = estimate("qwen3.5-35b-a3b", "q4_k_m", "rtx3060", offload_experts=False)

@@ -93,6 +93,8 @@ def test_fitting_agrees_with_the_parts(engine, model, card, ctx_tokens, seqs):
     assert found.fits == found.allocation.fits == (not found.reasons)
     within = all(share.memory.total.mid <= share.usable_bytes for share in found.devices)
     assert found.fits == within or (within and found.reasons)
+    if found.fits:
+        assert found.estimate.is_sure(ctx_tokens, seqs) == found.allocation.is_sure
 
 
 @settings(max_examples=60, deadline=None)

@@ -74,12 +74,20 @@ class Allocation:
     def fits(self) -> bool:
         return not self.reasons
 
+    @property
+    def is_sure(self) -> bool:
+        return all(share.memory.total.high <= share.usable_bytes for share in self.devices)
+
 
 class Estimate(Protocol):
     """An engine's arithmetic for one `Setup`."""
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
         """Bytes missing on the tightest device, 0 or less where it fits. Never falls as either argument grows."""
+        ...
+
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        """Of what fits: whether no device of `allocate` holds more than it can at the upper end of every interval."""
         ...
 
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation: ...

@@ -187,6 +187,9 @@ class KTransformersEstimate:
         table = seqs * (ctx_tokens + EXTRA_CONTEXT_TOKENS) * 4
         return max(fixed + pools + table - self.least_usable_bytes, self.host_short_bytes)
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         memory = self._memory(ctx_tokens, seqs)
         total = memory.total

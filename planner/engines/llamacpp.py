@@ -22,11 +22,13 @@ from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import weight_table
 from .engine import Allocation, DeviceShare, Engine, Setup
-from .llamacpp_cache import CELL_PADDING, DEFAULT_UBATCH_TOKENS, FLOAT_TYPES, cache_types, padded
-from .llamacpp_compute import Batch, Place, Reserve, batch_tokens, flash_scratch_bytes, reserve
-from .llamacpp_devices import Layout, Share, layout, pipelined
+from .llamacpp_batch import Batches
+from .llamacpp_cache import DEFAULT_UBATCH_TOKENS, FLOAT_TYPES, cache_types
+from .llamacpp_compute import flash_scratch_bytes
+from .llamacpp_devices import Layout, layout, without_experts
 from .llamacpp_host import PROMPT_CACHE_MIB, Host
 from .llamacpp_launch import gguf_name, server_line
+from .llamacpp_question import COMPUTE_HIGH, Question
 
 ENGINE = Engine(
     name="llama.cpp",
@@ -41,7 +43,7 @@ ENGINE = Engine(
 GIB = 1 << 30
 MIB = 1 << 20
 FIT_MARGIN_BYTES = GIB  # --fit-target: what llama.cpp's own fitting would leave free
-COMPUTE_LOW, COMPUTE_HIGH = 0.97, 1.06  # backends ask for more than a tensor's bytes here and there
+COMPUTE_LOW = 0.97
 SPARE = 2 - COMPUTE_HIGH
 
 
@@ -79,16 +81,18 @@ def estimate(setup: Setup, margin_bytes: int = 0) -> "LlamaCppEstimate":
         setup = replace(setup, weights=weight_format("gguf-bf16"))
     options, on_cpu = setup.options, setup.devices[0].vendor == "cpu"
     table = weight_table(setup.model, setup.weights, 1)
+    whole = layout(setup, types, 0)
+    rotates = types[0] not in FLOAT_TYPES, types[1] not in FLOAT_TYPES
     return LlamaCppEstimate(
         setup=setup,
         types=types,
-        ubatch=options.ubatch_tokens or DEFAULT_UBATCH_TOKENS,
+        batches=Batches(setup.model, whole.shares, options.ubatch_tokens or DEFAULT_UBATCH_TOKENS, rotates, setup.mtp),
         on_cpu=on_cpu,
         unified=setup.devices[0].kind == "unified",
         may_move=setup.model.is_moe and not on_cpu and options.offload_experts is not False,
         host_limit_bytes=None if on_cpu else options.host_memory_bytes,
         margin_bytes=margin_bytes,
-        layout=layout(setup, types, 0),
+        layout=whole,
         host=Host(
             setup.model,
             0 if on_cpu else table.embedding,
@@ -105,7 +109,7 @@ class LlamaCppEstimate:
 
     setup: Setup
     types: tuple[str, str]  # of K and V
-    ubatch: int
+    batches: Batches
     on_cpu: bool
     unified: bool
     may_move: bool  # experts, to host memory
@@ -114,214 +118,155 @@ class LlamaCppEstimate:
     layout: Layout  # with all experts on the devices
     host: Host
     _layouts: dict[int, Layout] = field(default_factory=dict, repr=False)
-    _last: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
-    _reserves: dict[tuple[int, int], tuple[Reserve, ...]] = field(default_factory=dict, repr=False)
+    _last: dict[tuple[int, int], Question] = field(default_factory=dict, repr=False)
+    _choices: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
         """0 where it fits once experts have moved: nothing is missing then, and nothing is called left."""
-        short = self._worst_bytes(self.layout, ctx_tokens, seqs)
+        question = self._question(ctx_tokens, seqs)
+        short = self._worst_bytes(self.layout, question)
         if not self.may_move or (short <= 0 and self.setup.options.offload_experts is None):
             return short
         bare = self._layout_of(self.setup.model.num_layers)
-        if self._device_bytes(bare, ctx_tokens, seqs)[0] <= 0:
+        if question.missing_bytes(bare)[0] <= 0:
             free_host = not self.unified and self.host_limit_bytes is None
-            if free_host or self._worst_bytes(self._chosen(ctx_tokens, seqs), ctx_tokens, seqs) <= 0:
+            if free_host or self._worst_bytes(self._chosen(question), question) <= 0:
                 return min(0, short)
-        return self._worst_bytes(bare, ctx_tokens, seqs)
+        return self._worst_bytes(bare, question)
+
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        question = self._question(ctx_tokens, seqs)
+        if self.on_cpu:
+            memory = self._memory(self.layout, 0, question)
+            return memory.total.high <= self.layout.shares[0].device.usable_bytes - self.margin_bytes
+        return question.missing_bytes(self._chosen(question), doubted=True)[0] <= 0
 
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
-        chosen = self._chosen(ctx_tokens, seqs)
-        cells, batch = (
-            padded(ctx_tokens),
-            self._batch(min(padded(ctx_tokens) * seqs, self.ubatch), seqs, padded(ctx_tokens)),
-        )
+        question = self._question(ctx_tokens, seqs)
+        chosen = self._chosen(question)
         devices = tuple(
             DeviceShare(
-                share.device,
-                share.device.usable_bytes - self.margin_bytes,
-                self._memory(chosen, index, cells, ctx_tokens, seqs),
+                share.device, share.device.usable_bytes - self.margin_bytes, self._memory(chosen, index, question)
             )
             for index, share in enumerate(chosen.shares)
         )
         free = min(device.usable_bytes - _mid_bytes(device.memory) for device in devices)
         return Allocation(
             devices=devices,
-            host=Memory() if self.on_cpu else self.host.memory(batch, chosen.moved, ctx_tokens),
-            reasons=self._reasons(chosen, devices, ctx_tokens, seqs),
-            warnings=self._warnings(chosen, free, ctx_tokens, seqs),
-            detail=self._detail(chosen, cells, ctx_tokens, seqs),
+            host=Memory() if self.on_cpu else self._host_memory(chosen, question),
+            reasons=self._reasons(chosen, devices, question),
+            warnings=self._warnings(chosen, free, question),
+            detail=self._detail(chosen, question),
             offloads=chosen.moved > 0,
         )
 
     def command(self, ctx_tokens: int, seqs: int) -> str:
-        chosen = self._chosen(ctx_tokens, seqs)
+        question = self._question(ctx_tokens, seqs)
+        chosen = self._chosen(question)
         return server_line(
             self.setup,
             self.types,
             ctx_tokens,
             seqs,
-            self.ubatch,
+            self.batches.ubatch,
             () if self.on_cpu else tuple(share.layers for share in chosen.shares),
             chosen.moved,
-            self._cache_ram_mib(chosen, ctx_tokens, seqs),
+            self._cache_ram_mib(chosen, question),
         )
 
-    def _layout_of(self, moved: int) -> Layout:
-        if not moved:
-            return self.layout
-        if moved not in self._layouts:
-            self._layouts[moved] = layout(self.setup, self.types, moved)
-        return self._layouts[moved]
-
-    def _chosen(self, ctx_tokens: int, seqs: int) -> Layout:
-        """The layout for this question; the last one is kept, for it is asked for several times."""
+    def _question(self, ctx_tokens: int, seqs: int) -> Question:
+        """The last one is kept, for it is asked for several times."""
         found = self._last.get((ctx_tokens, seqs))
         if found is None:
-            found = self._choose(ctx_tokens, seqs)
+            found = Question(self.batches, self.host, self.margin_bytes, ctx_tokens, seqs)
             self._last.clear()
             self._last[ctx_tokens, seqs] = found
         return found
 
-    def _choose(self, ctx_tokens: int, seqs: int) -> Layout:
+    def _layout_of(self, moved: int) -> Layout:
+        if not moved:
+            return self.layout
+        found = self._layouts.get(moved)
+        if found is None:
+            if len(self.layout.shares) == 1:
+                found = without_experts(self.setup, self.layout, moved, self.host.moved_sums[moved])
+            else:
+                found = layout(self.setup, self.types, moved)
+            self._layouts[moved] = found
+        return found
+
+    def _chosen(self, question: Question) -> Layout:
+        """The layout for this question; the last one is kept."""
+        if not self.may_move:
+            return self.layout
+        asked = question.ctx_tokens, question.seqs
+        found = self._choices.get(asked)
+        if found is None:
+            found = self._choose(question)
+            self._choices.clear()
+            self._choices[asked] = found
+        return found
+
+    def _choose(self, question: Question) -> Layout:
         """As few layers without their experts as fit: surely if that can be, else at the expected figure."""
-        fits = self._worst_bytes(self.layout, ctx_tokens, seqs) <= 0
-        if not self.may_move or (fits and self.setup.options.offload_experts is None):
+        fits = self._worst_bytes(self.layout, question) <= 0
+        if fits and self.setup.options.offload_experts is None:
             return self.layout
         most = self.setup.model.num_layers
         for doubted in (True, False):
-            short = self._device_bytes(self._layout_of(most), ctx_tokens, seqs, doubted)[0]
+            short = question.missing_bytes(self._layout_of(most), doubted)[0]
             if short > 0:
                 continue
-            found = self._layout_of(self._fewest(-short, ctx_tokens, seqs, doubted))
-            if not doubted or self._worst_bytes(found, ctx_tokens, seqs) <= 0:
+            found = self._layout_of(self._fewest(-short, question, doubted))
+            if not doubted or self._worst_bytes(found, question) <= 0:
                 return found
         return self._layout_of(most)
 
-    def _fewest(self, spare_bytes: int, ctx_tokens: int, seqs: int, doubted: bool) -> int:
+    def _fewest(self, spare_bytes: int, question: Question, doubted: bool) -> int:
         """Layers whose experts have to move, where `spare_bytes` stay free once all have."""
         sums = self.host.moved_sums
         if len(self.layout.shares) == 1:  # what comes back to the one device is what it takes more
             fewest = bisect_left(sums, sums[-1] - spare_bytes)
-            none = not fewest or self._device_bytes(self.layout, ctx_tokens, seqs, doubted)[0] <= 0
+            none = not fewest or question.missing_bytes(self.layout, doubted)[0] <= 0
             return 0 if none else fewest
         low, high = -1, len(sums) - 1
         while high - low > 1:
             middle = (low + high) // 2
-            if self._device_bytes(self._layout_of(middle), ctx_tokens, seqs, doubted)[0] > 0:
+            if question.missing_bytes(self._layout_of(middle), doubted)[0] > 0:
                 low = middle
             else:
                 high = middle
         return high
 
-    def _device_bytes(self, layout: Layout, ctx_tokens: int, seqs: int, doubted: bool = False) -> tuple[int, int]:
-        """Bytes missing on the tightest device, and bytes taken on all."""
-        cells = -(-ctx_tokens // CELL_PADDING) * CELL_PADDING
-        tokens = cells * seqs
-        if tokens > self.ubatch:
-            tokens = self.ubatch
-        reserves = self._reserves.get((tokens, seqs)) or self._reserved(tokens, seqs)
-        worst, total, last = -(1 << 62), 0, len(layout.shares) - 1
-        for index, share in enumerate(layout.shares):
-            compute = reserves[index].buffer_bytes(cells)
-            if index == last and len(reserves) > len(layout.shares):
-                compute += reserves[-1].buffer_bytes(cells) + self.host.seed_bytes(tokens)
-            need = layout.fixed_bytes[index] + seqs * (cells * share.cell_bytes + layout.seq_bytes[index]) + compute
-            if doubted:
-                need += layout.doubt_bytes[index] + int((COMPUTE_HIGH - 1) * (compute + share.expert_copy_bytes)) + 1
-            total += need
-            short = need + self.margin_bytes - share.device.usable_bytes
-            if short > worst:
-                worst = short
-        return worst, total
-
-    def _worst_bytes(self, layout: Layout, ctx_tokens: int, seqs: int) -> int:
+    def _worst_bytes(self, layout: Layout, question: Question) -> int:
         """Bytes missing on the tightest device, or in host memory where it is known or shared with the device."""
-        worst, total = self._device_bytes(layout, ctx_tokens, seqs)
+        worst, total = question.missing_bytes(layout)
         if self.on_cpu:
-            return worst + self.host.logits_bytes(seqs) + self.host.checkpoint_bytes(ctx_tokens, seqs)
+            seqs = question.seqs
+            return worst + self.host.logits_bytes(seqs) + self.host.checkpoint_bytes(question.ctx_tokens, seqs)
         if self.unified or self.host_limit_bytes is not None:
-            batch = self._batch(min(padded(ctx_tokens) * seqs, self.ubatch), seqs, padded(ctx_tokens))
-            host = self.host.needed_bytes(batch, layout.moved, ctx_tokens)
+            host = question.host_bytes(self.batches, layout.moved)
             if self.host_limit_bytes is not None:
                 worst = max(worst, host - self.host_limit_bytes)
             if self.unified:
                 worst = max(worst, total + host - sum(share.device.memory_bytes for share in layout.shares))
         return worst
 
-    def _reserved(self, tokens: int, seqs: int) -> tuple[Reserve, ...]:
-        """Compute buffers of every device, and of the draft's context behind them. Experts that moved change none."""
-        batch = self._batch(tokens, seqs)
-        found = [self._reserve(batch, share, share.place) for share in self.layout.shares]
-        draft = self.layout.shares[-1].draft
-        if draft is not None:
-            found.append(reserve(self.setup.model, self._draft_batch(batch), draft))
-        self._reserves[tokens, seqs] = tuple(found)
-        return self._reserves[tokens, seqs]
+    def _host_memory(self, layout: Layout, question: Question) -> Memory:
+        batch = self.batches.batch(question.tokens, question.seqs, question.cells)
+        return self.host.memory(batch, layout.moved, question.ctx_tokens)
 
-    def _reserve(self, batch: Batch, share: Share, place: Place) -> Reserve:
-        """The buffer of one device; raised where fewer sequences would need more in all, because their batch is rounded
-        up to more tokens (512 tokens for 255 sequences are 765, for 256 they are 512)."""
-        fewer, tokens = self._fewer(batch)
-        if len(self.layout.shares) > 1:  # a device may hold too few states to make up for it
-            return reserve(self.setup.model, replace(batch, tokens=max(batch.tokens, tokens)), place)
-        exact = reserve(self.setup.model, batch, place)
-        if tokens <= batch.tokens:
-            return exact
-        growth, more = tokens / batch.tokens, batch.seqs - fewer
-        states = int(0.9 * more * share.state_bytes * (1 + self.setup.mtp))  # 0.9: alignment moves the rest about
-        mask = int(growth * exact.mask_bytes_per_cell) - more * share.cell_bytes
-        without = int(growth * exact.without_mask) - states - more * CELL_PADDING * share.cell_bytes
-        return Reserve(
-            mask_bytes_per_cell=max(exact.mask_bytes_per_cell, mask),
-            with_mask=max(exact.with_mask, int(growth * exact.with_mask) - states),
-            without_mask=max(exact.without_mask, without),
-            flash=max(exact.flash, int(growth * exact.flash) - states),
-            flash_bytes_per_cell=exact.flash_bytes_per_cell,
-        )
-
-    def _batch(self, tokens: int, seqs: int, cells: int = 0) -> Batch:
-        mtp = self.setup.mtp
-        return Batch(
-            tokens=batch_tokens(tokens, tokens, seqs),
-            seqs=seqs,
-            streams=seqs,
-            outputs=min(tokens, seqs * (1 + mtp)),
-            cells=cells,
-            rotate_k=self.types[0] not in FLOAT_TYPES,
-            rotate_v=self.types[1] not in FLOAT_TYPES,
-            drafts=mtp,
-        )
-
-    def _fewer(self, batch: Batch) -> tuple[int, int]:
-        """The most sequences that get a token more each in a full ubatch, and how many tokens that makes."""
-        if batch.tokens < self.ubatch:
-            return batch.seqs, batch.tokens
-        fewer = (self.ubatch - 1) // -(-self.ubatch // batch.seqs)
-        if not 1 <= fewer < batch.seqs:
-            return batch.seqs, batch.tokens
-        return fewer, batch_tokens(self.ubatch, self.ubatch, fewer)
-
-    def _draft_batch(self, batch: Batch) -> Batch:
-        """The draft holds no state that would make up for a smaller batch, so the larger one is planned."""
-        tokens = max(batch.tokens, self._fewer(batch)[1])
-        outputs = min(batch.tokens, batch.seqs)
-        return Batch(tokens, batch.seqs, batch.seqs, outputs, 0, True, batch.rotate_k, batch.rotate_v)
-
-    def _memory(self, layout: Layout, index: int, cells: int, ctx_tokens: int, seqs: int) -> Memory:
-        share = layout.shares[index]
-        tokens = min(cells * seqs, self.ubatch)
-        reserves = self._reserves.get((tokens, seqs)) or self._reserved(tokens, seqs)
-        compute = reserves[index].buffer_bytes(cells) + share.expert_copy_bytes
-        if share.draft is not None:
-            compute += reserves[-1].buffer_bytes(cells) + self.host.seed_bytes(tokens)
-        kv_cache, state = seqs * cells * share.cell_bytes, seqs * layout.seq_bytes[index]
+    def _memory(self, layout: Layout, index: int, question: Question) -> Memory:
+        share, seqs = layout.shares[index], question.seqs
+        compute = question.compute_bytes[index] + share.expert_copy_bytes
+        kv_cache, state = seqs * question.cells * share.cell_bytes, seqs * layout.seq_bytes[index]
         high = int(COMPUTE_HIGH * compute) + 1
         activation = Amount(
             int(COMPUTE_LOW * compute) + share.vision.low, compute + share.vision.mid, high + share.vision.high
         )
         need = share.weights_bytes + kv_cache + state + activation.mid + share.backend.runtime.mid
         if self.on_cpu:
-            logits, checkpoints = self.host.logits_bytes(seqs), self.host.checkpoint_bytes(ctx_tokens, seqs)
+            logits, checkpoints = self.host.logits_bytes(seqs), self.host.checkpoint_bytes(question.ctx_tokens, seqs)
             pages = min(share.repacked_bytes, self._spare_bytes(layout, index, need + logits + checkpoints))
             weights = share.weights_bytes + pages
             return Memory(
@@ -331,7 +276,7 @@ class LlamaCppEstimate:
                 activation=activation + exactly(logits),
                 runtime=share.backend.runtime,
             )
-        copies = self._pipeline_bytes(layout, index, tokens, seqs, cells)
+        copies = self._pipeline_bytes(layout, index, question)
         if copies:  # what has no room is not taken: one batch is in flight then
             copies = min(copies, self._spare_bytes(layout, index, need))
             activation = Amount(activation.low, activation.mid + copies, activation.high + copies)
@@ -349,37 +294,27 @@ class LlamaCppEstimate:
         usable = layout.shares[index].device.usable_bytes - self.margin_bytes
         return max(0, int(SPARE * usable) - layout.doubt_bytes[index] - need)
 
-    def _pipeline_bytes(self, layout: Layout, index: int, tokens: int, seqs: int, cells: int) -> int:
-        """What a pipeline over several devices takes beyond one batch in flight (`GGML_SCHED_MAX_COPIES`)."""
+    def _pipeline_bytes(self, layout: Layout, index: int, question: Question) -> int:
         if len(layout.shares) == 1 or layout.moved or not all(share.backend.pipelines for share in layout.shares):
             return 0
-        share, batch = layout.shares[index], self._batch(tokens, seqs)
-        found = self._copies_bytes(batch, share, share.place, cells)
-        if share.draft is not None:
-            found += self._copies_bytes(self._draft_batch(batch), share, share.draft, cells)
-        return found
+        return self.batches.pipeline_bytes(layout.shares[index], question.tokens, question.seqs, question.cells)
 
-    def _copies_bytes(self, batch: Batch, share: Share, place: Place, cells: int) -> int:
-        kept = self._reserve(batch, share, pipelined(place)).buffer_bytes(cells)
-        return max(0, kept - self._reserve(batch, share, place).buffer_bytes(cells))
-
-    def _cache_ram_mib(self, layout: Layout, ctx_tokens: int, seqs: int) -> int | None:
+    def _cache_ram_mib(self, layout: Layout, question: Question) -> int | None:
         """The prompt cache where memory is known to be short of its 8 GiB; None leaves llama-server's default."""
-        device, cells = layout.shares[0].device, padded(ctx_tokens)
-        batch = self._batch(min(cells * seqs, self.ubatch), seqs, cells)
+        device = layout.shares[0].device
         if self.on_cpu:
-            left = device.usable_bytes - self._memory(layout, 0, cells, ctx_tokens, seqs).total.high
+            left = device.usable_bytes - self._memory(layout, 0, question).total.high
         elif self.unified:
-            left = device.memory_bytes - self._memory(layout, 0, cells, ctx_tokens, seqs).total.high
-            left -= self.host.memory(batch, layout.moved, ctx_tokens).total.high
+            left = device.memory_bytes - self._memory(layout, 0, question).total.high
+            left -= self._host_memory(layout, question).total.high
         elif self.host_limit_bytes is not None:
-            left = self.host_limit_bytes - self.host.needed_bytes(batch, layout.moved, ctx_tokens)
+            left = self.host_limit_bytes - question.host_bytes(self.batches, layout.moved)
         else:
             return None
         return None if left >= PROMPT_CACHE_MIB * MIB else max(0, left // MIB)
 
-    def _reasons(self, layout: Layout, devices: tuple[DeviceShare, ...], ctx_tokens: int, seqs: int) -> tuple[str, ...]:
-        worst = self._worst_bytes(layout, ctx_tokens, seqs)
+    def _reasons(self, layout: Layout, devices: tuple[DeviceShare, ...], question: Question) -> tuple[str, ...]:
+        worst = self._worst_bytes(layout, question)
         if worst <= 0:
             return ()
         reasons = [
@@ -393,7 +328,7 @@ class LlamaCppEstimate:
             reasons.append(f"{shared} is {worst / GIB:.2f} GiB short")
         return tuple(reasons)
 
-    def _warnings(self, layout: Layout, free: int, ctx_tokens: int, seqs: int) -> tuple[str, ...]:
+    def _warnings(self, layout: Layout, free: int, question: Question) -> tuple[str, ...]:
         model, share = self.setup.model, layout.shares[0]
         found: list[str] = []
         if 0 <= free < FIT_MARGIN_BYTES and not self.on_cpu:
@@ -407,7 +342,7 @@ class LlamaCppEstimate:
                 f"({self.host.moved_bytes(layout.moved) / GIB:.1f} GiB), which is much slower"
             )
         if share.place.f16_cache and share.backend.f16_cache == "quantized":
-            scratch = flash_scratch_bytes(model, padded(ctx_tokens), seqs) / GIB
+            scratch = flash_scratch_bytes(model, question.cells, question.seqs) / GIB
             found.append(f"flash attention makes room for one layer's cache in f16: {scratch:.2f} GiB")
         if share.repacked_bytes:
             found.append(
@@ -415,23 +350,22 @@ class LlamaCppEstimate:
                 "(--no-repack: once, and slower)"
             )
         if not self.on_cpu:
-            checkpoints = self.host.checkpoint_bytes(ctx_tokens, seqs) / GIB
+            checkpoints = self.host.checkpoint_bytes(question.ctx_tokens, question.seqs) / GIB
             found.append(
                 f"host memory fills with up to {checkpoints:.1f} GiB of state checkpoints (--ctx-checkpoints) and a "
                 "prompt cache (--cache-ram, 8 GiB unless said)"
             )
         return tuple(found)
 
-    def _detail(self, layout: Layout, cells: int, ctx_tokens: int, seqs: int) -> dict[str, object]:
-        setup = self.setup
-        tokens = min(cells * seqs, self.ubatch)
-        reserves = self._reserves[tokens, seqs]
+    def _detail(self, layout: Layout, question: Question) -> dict[str, object]:
+        setup, cells, seqs = self.setup, question.cells, question.seqs
+        reserves = self.batches.reserves(question.tokens, seqs)
         return {
             "file": gguf_name(setup.model, setup.weights, bool(setup.mtp)),
             "n_ctx": cells * seqs,
             "n_ctx_seq": cells,
             "n_seq_max": seqs,
-            "n_ubatch": self.ubatch,
+            "n_ubatch": self.batches.ubatch,
             "cache_type_k": self.types[0],
             "cache_type_v": self.types[1],
             "backends": [share.backend.name for share in layout.shares],

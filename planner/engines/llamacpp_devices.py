@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat, pieces
-from ...profiles.frozen import dataclass
+from ...profiles.frozen import dataclass, replace
 from ...profiles.model import Model, Vision
 from ..memory import Amount, estimated, exactly
 from ..weights import WeightTable, weight_table
@@ -245,6 +245,18 @@ class Layout:
 def layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
     options, mtp = setup.options, bool(setup.mtp)
     found = shares(setup.model, setup.weights, setup.devices, *types, mtp, setup.vision, options.image_tokens, moved)
+    return _layout(setup, found, moved)
+
+
+def without_experts(setup: Setup, whole: Layout, moved: int, moved_bytes: int) -> Layout:
+    """The layout of one device, whose layers stay where they are when experts of `moved_bytes` leave it."""
+    (share,) = whole.shares
+    copy_bytes = largest_expert_tensor_bytes(setup.model, setup.weights)
+    left = replace(share, weights_bytes=share.weights_bytes - moved_bytes, expert_copy_bytes=copy_bytes)
+    return _layout(setup, (left,), moved)
+
+
+def _layout(setup: Setup, found: tuple[Share, ...], moved: int) -> Layout:
     return Layout(
         moved=moved,
         shares=found,

@@ -31,7 +31,7 @@ class Host:
 
     def memory(self, batch: Batch, moved: int, ctx_tokens: int) -> Memory:
         """`moved` of the first layers have their experts here."""
-        inputs = self._input_bytes(batch, moved)
+        inputs = self._input_bytes(batch) + self._moved_activation_bytes(moved, batch.tokens)
         checkpoints = self.checkpoint_bytes(ctx_tokens, batch.seqs)
         copies = PIPELINE_COPIES if self.devices > 1 and not moved else 1
         return Memory(
@@ -41,10 +41,14 @@ class Host:
             runtime=PROCESS,
         )
 
-    def needed_bytes(self, batch: Batch, moved: int, ctx_tokens: int) -> int:
-        """The expected figure of `memory`."""
-        found = self.embedding_bytes + self.moved_bytes(moved) + PROCESS.mid + self._input_bytes(batch, moved)
+    def resident_bytes(self, batch: Batch, ctx_tokens: int) -> int:
+        """The expected figure of `memory` while all experts lie on the devices."""
+        found = self.embedding_bytes + PROCESS.mid + self._input_bytes(batch)
         return found + self.checkpoint_bytes(ctx_tokens, batch.seqs)
+
+    def moved_needs_bytes(self, moved: int, tokens: int) -> int:
+        """What the first `moved` layers' experts add, with what they compute on the CPU for a batch of tokens."""
+        return self.moved_sums[moved] + self._moved_activation_bytes(moved, tokens)
 
     def moved_bytes(self, moved: int) -> int:
         return self.moved_sums[moved]
@@ -63,8 +67,9 @@ class Host:
             count = CHECKPOINTS_PER_SLOT
         return seqs * count * self.model.linear_attention_layers * layer_state_bytes(self.model)
 
-    def _input_bytes(self, batch: Batch, moved: int) -> int:
+    def _input_bytes(self, batch: Batch) -> int:
         found = host_bytes(self.model, batch) + self.logits_bytes(batch.seqs)
-        if moved:  # what their layers compute on the CPU
-            found += 6 * self.model.num_experts_per_tok * self.model.hidden_size * batch.tokens
         return found + (self.seed_bytes(DEFAULT_BATCH_TOKENS + batch.seqs) if self.drafts else 0)
+
+    def _moved_activation_bytes(self, moved: int, tokens: int) -> int:
+        return 6 * self.model.num_experts_per_tok * self.model.hidden_size * tokens if moved else 0

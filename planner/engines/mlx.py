@@ -132,6 +132,9 @@ class MlxEstimate:
         )
         return max(short, 1) if seqs > 1 and self.one_at_a_time else short
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         device = self.setup.devices[0]
         memory = Memory(

@@ -150,6 +150,9 @@ class NativeEstimate:
         fixed = self.weights_bytes + self.arena_bytes + self.runtime.mid
         return fixed + seqs * per_seq - self.setup.devices[0].usable_bytes
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         device = self.setup.devices[0]
         scratch = self.arena_bytes + seqs * self.scratch_bytes_per_seq

@@ -94,6 +94,10 @@ class OllamaEstimate:
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
         return self.least.shortfall_bytes(ctx_tokens, seqs)
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        """The larger batch takes no more than what is surely free."""
+        return self.least.is_sure(ctx_tokens, seqs)
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         answer = self.least.allocate(ctx_tokens, seqs)
         batch = self._batch(ctx_tokens)

@@ -160,6 +160,9 @@ class SglangEstimate:
                     return choice, True, False
         return self._choices[-1], False, False
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self._chosen(ctx_tokens, seqs)[2]
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         choice, fits, sure = self._chosen(ctx_tokens, seqs)
         state = self._state_bytes(seqs)

@@ -162,6 +162,9 @@ class TransformersEstimate:
         )
         return short + self._activation(ctx_tokens, seqs, 1)
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         low, mid, high = (self._activation(ctx_tokens, seqs, bound) for bound in range(3))
         activation = Amount(low, mid, high)

@@ -154,6 +154,9 @@ class VllmEstimate:
                     return choice, True, False
         return self._choices[-1], False, False
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self._chosen(ctx_tokens, seqs)[2]
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         choice, fits, sure = self._chosen(ctx_tokens, seqs)
         reasons: tuple[str, ...] = ()

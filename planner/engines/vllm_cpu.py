@@ -39,6 +39,9 @@ class VllmCpuEstimate:
         taken = self.weights_bytes + int(self._active_bytes(seqs, MID)) + int(scratch.CONSTANTS.cpu_process[MID])
         return taken + self._space_gib(ctx_tokens, seqs) * GIB - self.setup.devices[0].usable_bytes
 
+    def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
+        return self.allocate(ctx_tokens, seqs).is_sure
+
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         device = self.setup.devices[0]
         space_bytes = self._space_gib(ctx_tokens, seqs) * GIB
