@@ -17,8 +17,17 @@ class Question:
     compute_bytes: per device, what the graph needs, the draft's context included on the last.
     """
 
-    __slots__ = ("_host", "_host_bytes", "_missing", "cells", "compute_bytes", "ctx_tokens", "margin_bytes", "seqs")
-    __slots__ += ("tokens",)
+    __slots__ = (
+        "_host",
+        "_host_bytes",
+        "_missing",
+        "cells",
+        "compute_bytes",
+        "ctx_tokens",
+        "margin_bytes",
+        "seqs",
+        "tokens",
+    )
 
     def __init__(self, batches: Batches, host: Host, margin_bytes: int, ctx_tokens: int, seqs: int) -> None:
         self.ctx_tokens, self.seqs, self.margin_bytes = ctx_tokens, seqs, margin_bytes
