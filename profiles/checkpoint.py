@@ -9,7 +9,7 @@ files: that is what the Hugging Face cache consists of.
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import Config, read_config
 from .errors import BadInput, Unsupported
@@ -17,13 +17,37 @@ from .frozen import replace
 from .json_file import read_json_object, short
 from .model import Model, Tensor
 from .roles import classify, pattern_of
-from .safetensors_header import HeaderTensor, read_safetensors_header
+from .safetensors_header import HeaderTensor, SafetensorsHeader, read_safetensors_header
 from .tensors import tensor_list
 
 # The index of Qwen3.5-397B-A17B-GPTQ-Int4 names 370,000 tensors in some 45 MB.
 _INDEX_LIMIT_BYTES = 128 << 20
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a folder: `bytes` of its file from `offset_bytes` on, little-endian, row by row."""
+
+    path: str
+    offset_bytes: int
+    bytes: int
+    dtype: str  # as safetensors names it: BF16, F32, I32, ...
+    shape: tuple[int, ...]
+
+
+def stored_tensors(path: str) -> dict[str, StoredTensor]:
+    """Where every tensor of a checkpoint folder lies, by its name in the file. `BadInput` as `read_folder`."""
+    try:
+        files = sorted(os.listdir(path))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be listed: {error.strerror}") from error
+    return {
+        tensor.name: StoredTensor(
+            header.path, header.data_start + tensor.begin, tensor.end - tensor.begin, tensor.dtype, tensor.shape
+        )
+        for header, tensor in _read(path, _shards(path, files))
+    }
 
 
 def read_folder(path: str) -> Model:
@@ -48,7 +72,7 @@ def read_folder(path: str) -> Model:
         if gguf:
             raise BadInput(f"{path} has GGUF files and no safetensors; give {os.path.join(path, gguf[0])}")
         return _with_processor_limits(config.model(), path, files)
-    tensors = aggregate(_read(path, shards))
+    tensors = aggregate(tensor for _, tensor in _read(path, shards))
     return _with_processor_limits(_from_tensors(config, tensors, path), path, files)
 
 
@@ -109,8 +133,8 @@ def _indexed(path: str, files: list[str]) -> dict[str, set[str] | None]:
     return shards
 
 
-def _read(path: str, shards: dict[str, set[str] | None]) -> Iterable[HeaderTensor]:
-    """The tensors of all shards, each once."""
+def _read(path: str, shards: dict[str, set[str] | None]) -> Iterable[tuple[SafetensorsHeader, HeaderTensor]]:
+    """The tensors of all shards, each once, with the header that it stands in."""
     home: dict[str, str] = {}
     listed = {name for indexed in shards.values() if indexed for name in indexed}
     for shard, indexed in shards.items():
@@ -128,7 +152,7 @@ def _read(path: str, shards: dict[str, set[str] | None]) -> Iterable[HeaderTenso
             if name in home:
                 raise BadInput(f"tensor {short(name)} is in both {shard_path} and {os.path.join(path, home[name])}")
             home[name] = shard
-            yield tensor
+            yield header, tensor
 
 
 def _from_tensors(config: Config, tensors: tuple[Tensor, ...], path: str) -> Model:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from qwenfit.profiles.checkpoint import aggregate
+from qwenfit.profiles.checkpoint import aggregate, stored_tensors
 from qwenfit.profiles.errors import BadInput, QwenfitError, Unsupported
 from qwenfit.profiles.model import stored_bytes
 from qwenfit.profiles.model_catalog import model
@@ -141,6 +141,29 @@ def test_without_an_index_every_file_counts(tmp_path):
     assert model(str(folder)).checkpoint_bytes == _bytes(tensors)
     _write(folder / "model.safetensors", tensors)
     assert model(str(folder)).checkpoint_bytes == _bytes(tensors)  # it alone, as transformers loads it
+
+
+def test_every_tensor_is_where_its_file_says(tmp_path):
+    """The bytes at each place are those that safetensors' own reader returns."""
+    folder = _folder(tmp_path, TINY, shards=3)
+    for shard in folder.glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        data[start:] = bytes(position * 31 % 120 for position in range(len(data) - start))
+        shard.write_bytes(data)
+    places, seen = stored_tensors(str(folder)), 0
+    assert set(places) == set(_tensors(TINY, tmp_path))
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="numpy") as theirs:
+            names = [name for name in theirs.keys() if places[name].dtype == "F32"]  # noqa: SIM118
+            for name in names:
+                place, expected = places[name], theirs.get_tensor(name)
+                found = Path(place.path).read_bytes()[place.offset_bytes :][: place.bytes]
+                assert found == expected.tobytes() and place.shape == expected.shape
+            seen += len(names)
+    assert seen == sum(place.dtype == "F32" for place in places.values()) > 0
+    with pytest.raises(BadInput, match="cannot be listed"):
+        stored_tensors(str(tmp_path / "none"))
 
 
 def test_a_folder_without_weights_is_its_config(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,10 @@ def test_every_data_file_is_packaged() -> None:
         for file in (ROOT / room).rglob("*"):
             if file.is_dir() or file.suffix in (".py", ".pyc"):
                 continue
-            assert file.parent == ROOT / room, f"{file}: data lies flat in its room"
-            assert any(file.match(pattern) for pattern in patterns), f"{file} is missing from package-data"
+            inside = file.relative_to(ROOT / room).as_posix()
+            assert any(fnmatch(inside, pattern) and inside.count("/") == pattern.count("/") for pattern in patterns), (
+                f"{file} is missing from package-data"
+            )
 
 
 def test_rooms_are_laid_out_as_packaging_needs() -> None:
