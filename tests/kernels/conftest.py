@@ -1,7 +1,7 @@
 """Triton's interpreter with a true bfloat16, and inline assembly by its twin: the ground under every kernel test.
 
-Triton 3.9 keeps bfloat16 as bare 16-bit patterns in its interpreter: `+` adds patterns, `tl.dot` multiplies them, a cast
-from float32 truncates (triton-lang/triton issue 11584). Here ml_dtypes' bfloat16 (round to nearest even) takes the
+Triton 3.9 keeps bfloat16 as bare 16-bit patterns in its interpreter: `+` adds patterns, `tl.dot` multiplies them, a
+cast from float32 truncates (triton-lang/triton issue 11584). Here ml_dtypes' bfloat16 (round to nearest even) takes the
 place of the patterns: in casts, loads, stores, constants and dots. Nothing of Triton's files is changed, and
 `test_interpreter.py` fails if one of the replaced functions no longer does what it should.
 
@@ -26,9 +26,10 @@ def make_bfloat16_true() -> None:
     import ml_dtypes
     import numpy as np
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter as its_module
     from triton.runtime.autotuner import Autotuner
 
+    interpreter: Any = its_module
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     builder = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
@@ -95,9 +96,11 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {}  # assembly text -> what it compute
 def run_assembly_by_its_twin() -> None:
     """`tl.inline_asm_elementwise` calls the function that `assembly` holds for the text, or fails."""
     import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from triton import language
+    from triton.runtime import interpreter as its_module
 
+    tl: Any = language
+    interpreter: Any = its_module
     patch = interpreter._patch_lang
 
     def inline_asm(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, **_: Any) -> Any:
