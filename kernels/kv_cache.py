@@ -1,7 +1,7 @@
 """The keys and values of one attention layer, for all sequences of a run: allocated once, padded to 64 tokens.
 
     keys, values        [seqs, KV, ctx', D]    the model's dtype, or int8
-    their scales        [seqs, KV, ctx']       float32, int8 only: x = code * scale, scale = max|x| / 127 per token and head
+    their scales        [seqs, KV, ctx']       float32, int8 only: x = code * scale, scale = max|x| / 127 by token, head
 
 ctx' is the context rounded up to 64 tokens, so that a tile of 64 keys never leaves a head. The tokens of a head are
 neighbours: a program that walks through the context of one head reads one stream, 512 bytes a token in bf16 (D = 256),
@@ -40,7 +40,9 @@ class KVCache:
             raise ValueError("keys and values of a cache are contiguous: the kernels walk through them by address")
         for scales in (self.key_scales, self.value_scales):
             if (scales is None) == (keys.dtype == torch.int8):
-                raise ValueError(f"a cache of {keys.dtype} has {'no ' if scales is None else ''}scales: int8 needs them")
+                raise ValueError(
+                    f"a cache of {keys.dtype} has {'no ' if scales is None else ''}scales: int8 needs them"
+                )
             if scales is not None and (scales.dtype != torch.float32 or scales.shape != keys.shape[:3]):
                 raise ValueError(f"scales of a cache are float32 {tuple(keys.shape[:3])}, not {scales.dtype}")
 

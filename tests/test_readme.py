@@ -11,7 +11,10 @@ from qwenfit.cli.options import BY_FLAG, read
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PROMPT = "$ qwen-plan --gpu rtx3060 --ctx 262144\n"
-INSTALL, TEST = "pip install . && qwen-plan --gpu rtx3060 --ctx 262144", "pip install -e '.[test]' -r tests/requirements.txt && pytest"
+INSTALL, TEST = (
+    "pip install . && qwen-plan --gpu rtx3060 --ctx 262144",
+    "pip install -e '.[test]' -r tests/requirements.txt && pytest",
+)
 
 
 def blocks(kind: str) -> list[str]:

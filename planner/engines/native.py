@@ -11,7 +11,7 @@ KV cache, per full-attention layer (and one for the prediction layer): keys and 
 to 64.
     bf16: 2 bytes per element
     int8: per token and head D codes and one float32 scale, so (D + 4) bytes for keys and as many for values
-Recurrent state, per Gated DeltaNet layer: [slots, NV, DK, DV] float32 or bfloat16, and [slots, C, 3] bf16 columns of
+Recurrent state, per Gated DeltaNet layer: [slots, NV, DV, DK] float32 or bfloat16, and [slots, C, 3] bf16 columns of
     convolution input; slots = seqs * (1 + draft tokens), for a rejected draft goes back to the state before it.
 Scratch, one arena for a chunk of T prompt tokens: the residual stream and its norm, and the widest of
     the delta rule in four kernels: convolution in and out, z, gates; A [T, NV, 64] f32; w, u, new values [T, NV, DV]

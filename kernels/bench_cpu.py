@@ -1,0 +1,227 @@
+"""How fast the CPU path is: each operation beside the read bandwidth measured with it, and the whole model beside
+llama.cpp.
+
+    python -m qwenfit.kernels.bench_cpu                                    the operations at the 9B model's shapes
+    python -m qwenfit.kernels.bench_cpu --model qwen3.5-0.8b --head int8   decode and prefill of random weights
+    python -m qwenfit.kernels.bench_cpu --model qwen3.5-0.8b --head int8 \\
+        --llama-bench build/bin/llama-bench --gguf 0.8B-Q4_0.gguf          the same, in turn with llama.cpp
+
+Weights are rotated over more than LARGEST_CACHE_BYTES, so that they come from memory. A shared machine is never quiet:
+what is compared is measured in turn within each round, and the table has the median of the rounds' ratios beside the
+best times.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .cpu_attention import attention_decode
+from .cpu_delta import gated_delta_rule_prefill, gated_delta_rule_step
+from .cpu_library import CpuLibrary, cpu_library
+from .cpu_matmul import add_matmul, add_round, dense_linear, quantized_matrix
+from .cpu_operations import Program, operation
+from .cpu_packed import packed_matmul
+from .kv_cache import allocate_kv_cache
+from .packing import QuantizedWeight, pack_int4
+
+LARGEST_CACHE_BYTES = 128 << 20
+SHAPES = (
+    (12288, 4096),
+    (4096, 12288),
+    (8192, 4096),
+    (7168, 1024),
+    (1024, 3584),
+)  # rows x columns of the 9B and 0.8B models
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    library = cpu_library()
+    print(library.reason)
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        if options.model:
+            from .bench_cpu_model import compare
+
+            rows += compare(options, threads)
+        else:
+            rows += operations(library, threads, options.rounds)
+    if options.json:
+        print(json.dumps(rows))
+    return 0
+
+
+def operations(library: CpuLibrary, threads: int, rounds: int) -> list[dict[str, object]]:
+    """One table of operations for a number of threads."""
+    if library.path != "c":
+        raise ValueError(f"nothing of our own to measure: {library.reason}")
+    rows = []
+    print(f"\n{threads} thread(s), median of {rounds} rounds\n")
+    print("| operation | best ms | GB/s | read GB/s beside | % of read | GFLOP/s | aten int4pack ms |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for case in _cases(library, threads):
+        rows.append(_measure(library, case, threads, rounds))
+    return rows
+
+
+class Case:
+    """Something to time: runs on copies of its data in turn, `bytes` each; `flops` 0 where memory is what counts."""
+
+    def __init__(
+        self,
+        name: str,
+        bytes: int,
+        runs: list[Callable[[], object]],
+        flops: float = 0,
+        rival: Callable[[], object] | None = None,
+    ) -> None:
+        self.name, self.bytes, self.runs, self.flops, self.rival = name, bytes, runs, flops, rival
+
+
+def random_weight(rows: int, columns: int, bits: int, group_size: int, asymmetric: bool = False) -> QuantizedWeight:
+    """Random codes and scales, rows a multiple of 16 and columns of 128."""
+    groups = columns // group_size
+    scales = (torch.rand(groups, rows) * 0.02 + 0.005).to(torch.bfloat16)
+    zeros = torch.randint(0, 16, (groups, rows)).to(torch.bfloat16) if asymmetric else None
+    if bits == 8:
+        codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+    else:
+        codes = pack_int4(torch.randint(0, 16, (rows, columns), dtype=torch.uint8))
+    return QuantizedWeight(codes, scales, zeros, bits, group_size, rows, columns)
+
+
+def matmul_run(library: CpuLibrary, weight: QuantizedWeight, x: Tensor, threads: int) -> Callable[[], object]:
+    """The matmul as a program, without the cost of a call from Python."""
+    program = Program(library)
+    rounded = add_round(program, x, weight)
+    add_matmul(
+        program, [quantized_matrix(weight, torch.empty(x.shape[0], weight.rows, dtype=x.dtype))], x.shape[0], rounded
+    )
+    return lambda: program.run(threads)
+
+
+def _cases(library: CpuLibrary, threads: int) -> list[Case]:
+    cases = []
+    for rows, columns in SHAPES:
+        for bits, group_size in ((4, 128), (4, 32), (8, 128)) if (rows, columns) == SHAPES[0] else ((4, 128),):
+            for tokens in (1, 4, 8) if (rows, columns) == SHAPES[0] else (1,):
+                cases.append(_matmul_case(library, rows, columns, bits, group_size, tokens, threads))
+    for tokens in (16, 128, 512):
+        cases.append(_matmul_case(library, 4096, 4096, 4, 128, tokens, threads))
+    head = [torch.randn(32768, 4096).to(torch.bfloat16) for _ in range(2)]
+    x = torch.randn(1, 4096).to(torch.bfloat16)
+    cases.append(Case("bf16 head 32768 x 4096", head[0].nbytes, [lambda w=w: dense_linear(x, w) for w in head]))
+    for dtype in (torch.bfloat16, torch.int8):
+        cache = allocate_kv_cache(1, 4, 32768, 256, dtype)
+        for tensor in (cache.keys, cache.values):
+            tensor.copy_(torch.randint(-99, 99, tensor.shape))
+        q, slot, length = (
+            torch.randn(1, 1, 16, 256).to(torch.bfloat16),
+            torch.zeros(1).int(),
+            torch.full((1,), 32767).int(),
+        )
+        run = partial(attention_decode, q, q, cache, slot, length)
+        cases.append(Case(f"attention, 1 query of 16 heads on 4, 32,768 tokens, {str(dtype)[6:]}", cache.bytes, [run]))
+    cases += _delta_cases()
+    return cases
+
+
+def _matmul_case(
+    library: CpuLibrary, rows: int, columns: int, bits: int, group_size: int, tokens: int, threads: int
+) -> Case:
+    first = random_weight(rows, columns, bits, group_size)
+    copies = 1 if tokens > 8 else -(-LARGEST_CACHE_BYTES // first.bytes)
+    weights = [first, *(random_weight(rows, columns, bits, group_size) for _ in range(copies - 1))]
+    x = torch.randn(tokens, columns).to(torch.bfloat16)
+    runs = [matmul_run(library, weight, x, threads) for weight in weights]
+    rival = None
+    if (bits == 4 and (rows, columns) == SHAPES[0] and tokens == 1) or tokens > 8:
+        packed_matmul(x, first)
+        rival = partial(packed_matmul, x, first)
+    flops = 2.0 * rows * columns * tokens
+    return Case(f"int{bits} g{group_size} {rows} x {columns}, {tokens} token(s)", first.bytes, runs, flops, rival)
+
+
+def _delta_cases() -> list[Case]:
+    heads, tokens = 32, 512
+    state = torch.zeros(1, heads, 128, 128)
+    qkv, gate = torch.randn(tokens, 8192).to(torch.bfloat16), torch.randn(tokens, heads).to(torch.bfloat16)
+    rest = (torch.randn(heads), torch.randn(heads), state)
+    slot, ends = torch.zeros(1).int(), torch.tensor([0, tokens]).int()
+    first = (qkv[None, :1], gate[None, :1], gate[None, :1])
+    step = partial(gated_delta_rule_step, *first, *rest, slot, slot[None], 16)
+    prefill = partial(gated_delta_rule_prefill, qkv, gate, gate, *rest, slot, ends, 16)
+    flops = tokens * heads * 128 * 128 * 6.0
+    return [
+        Case("delta rule, 1 token, 32 heads of 128 x 128", 2 * state.nbytes, [step]),
+        Case("delta rule, 512 tokens, 32 heads of 128 x 128", 2 * state.nbytes, [prefill], flops),
+    ]
+
+
+def _measure(library: CpuLibrary, case: Case, threads: int, rounds: int) -> dict[str, object]:
+    total = case.bytes * len(case.runs)
+    memory = torch.ones(max(total, LARGEST_CACHE_BYTES), dtype=torch.uint8)
+    read = Program(library)
+    read.add(operation("READ", data=memory.data_ptr(), bytes=memory.numel()), memory)
+    ours, reads, rivals = [], [], []
+    for _ in range(rounds):
+        reads.append(_seconds([lambda: read.run(threads)]) * total / memory.numel())
+        ours.append(_seconds(case.runs))
+        if case.rival:
+            rivals.append(_seconds([case.rival]))
+    percent = 100 * statistics.median(a / b for a, b in zip(reads, ours, strict=True))
+    best = min(ours) / len(case.runs)
+    row = {
+        "operation": case.name,
+        "threads": threads,
+        "best_ms": best * 1e3,
+        "gb_per_s": case.bytes / best / 1e9,
+        "read_gb_per_s": total / min(reads) / 1e9,
+        "percent_of_read": percent,
+        "gflop_per_s": case.flops / best / 1e9,
+        "aten_int4pack_ms": min(rivals) * 1e3 if rivals else None,
+    }
+    is_memory = case.flops == 0 or case.flops / case.bytes < 64
+    shown = [
+        f"{best * 1e3:.3f}",
+        f"{row['gb_per_s']:.1f}",
+        f"{row['read_gb_per_s']:.1f}",
+        f"{percent:.0f}" if is_memory else "",
+        f"{row['gflop_per_s']:.0f}" if case.flops else "",
+        f"{min(rivals) * 1e3:.2f}" if rivals else "",
+    ]
+    print(f"| {case.name} | {' | '.join(shown)} |", flush=True)
+    return row
+
+
+def _seconds(runs: Sequence[Callable[[], object]]) -> float:
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    return time.perf_counter() - start
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qwenfit.kernels.bench_cpu", description="CPU path: speed tables")
+    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", help="a model of the catalog: decode and prefill with random int4 weights")
+    parser.add_argument("--head", choices=("bf16", "int8", "int4"), default="bf16", help="how lm_head is stored")
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[0, 32768])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=16, help="decode steps per round")
+    parser.add_argument("--llama-bench", help="path of llama.cpp's llama-bench, built in Release")
+    parser.add_argument("--gguf", help="the same model for llama.cpp")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+/* y = x W^T for float matrices of few rows of x (lm_head, routers, the small projections of Gated DeltaNet).
+ *
+ * Lanes are columns, four float sums per row of W and of x (columns 16 i of i = 0, 1, 2, 3 mod 4), joined pairwise: the order does not
+ * depend on the number of rows. x must be float32. bfloat16 costs one conversion and one multiply-add per 16 weights, far
+ * below what memory takes. */
+#pragma once
+#include "matmul.h"
+
+#define DENSE_STREAMS 4
+
+INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first, int64_t row,
+                       v16f *sums)
+{
+    v16f y[DENSE_STREAMS][4];
+    const char *w = codes + row * m->columns * element_bytes(dtype);
+    for (int s = 0; s < group; s++)
+        for (int i = 0; i < 4; i++) y[s][i] = f_zero();
+    int64_t column = 0;
+    for (; column + 64 <= m->columns; column += 64) {
+        __builtin_prefetch(w + column * element_bytes(dtype) + 1024);
+        for (int i = 0; i < 4; i++) {
+            v16f weights = load_at(w, dtype, column + 16 * i);
+            for (int s = 0; s < group; s++) {
+                const float *at = (const float *)x->data + (first + s) * x->stride + column + 16 * i;
+                y[s][i] = f_fma(weights, f_load(at), y[s][i]);
+            }
+        }
+    }
+    for (int i = 0; column < m->columns; column += 16, i++) {
+        int64_t count = m->columns - column < 16 ? m->columns - column : 16;
+        v16f weights = load_some(w, dtype, column, count);
+        for (int s = 0; s < group; s++)
+            y[s][i] = f_fma(weights, load_some(x->data, FLOAT32, (first + s) * x->stride + column, count), y[s][i]);
+    }
+    for (int s = 0; s < group; s++)
+        sums[16 * s] = f_add(f_add(y[s][0], y[s][1]), f_add(y[s][2], y[s][3]));
+}
+
+#define DENSE_CASE(dtype, group) \
+    case dtype * 10 + group: \
+        for (int64_t r = 0; r < rows; r++) dense_rows(dtype, group, m, codes, x, token, row0 + r, sums + r); \
+        break
+#define DENSE_CASES(dtype) DENSE_CASE(dtype, 1); DENSE_CASE(dtype, 2); DENSE_CASE(dtype, 4)
+
+static void dense_tile(const Matrix *m, int64_t expert, const Rows *x, int64_t token0, int64_t tokens, int64_t row0)
+{
+    const char *codes = (const char *)m->codes + expert * m->expert_code_bytes;
+    int64_t last = row0 + TILE_ROWS < m->rows ? row0 + TILE_ROWS : m->rows;
+    for (; row0 < last; row0 += 16) {
+        int64_t rows = last - row0 < 16 ? last - row0 : 16;
+        for (int64_t token = token0; token < token0 + tokens;) {
+            int64_t left = token0 + tokens - token;
+            int group = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            v16f sums[16 * DENSE_STREAMS];
+            for (int i = 0; i < 16 * DENSE_STREAMS; i++) sums[i] = f_zero();
+            switch (m->code_dtype * 10 + group) {
+                DENSE_CASES(FLOAT32); DENSE_CASES(BFLOAT16); DENSE_CASES(FLOAT16);
+            }
+            for (int s = 0; s < group; s++) store_outputs(m, token + s, row0, f_sum16(sums + 16 * s));
+            token += group;
+        }
+    }
+}
+
+/* Tasks: every tile of every matrix (of every slot, for stacks). */
+INLINE int64_t matrix_tiles(const Matrix *m) { return (m->rows + TILE_ROWS - 1) / TILE_ROWS; }
+static int64_t matmul_tasks(const Matmul *op)
+{
+    int64_t slots = op->offsets ? (op->active ? *op->active : op->slots) : 1, tiles = 0;
+    for (int64_t i = 0; i < op->count; i++) tiles += matrix_tiles(op->matrices + i);
+    return slots * tiles;
+}
+static int64_t matmul_scratch_bytes(const Matmul *op)
+{
+    int64_t gemm = 2 * 64 * 16 * 4, gemv = 0;
+    if (op->x) {
+        int64_t streams = op->x->rows * op->x->planes;
+        gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
+        gemv = (GEMV_GROUP + 1) * op->x->blocks * op->x->parts * 16 * 4;
+        for (int64_t i = 0, most = 0; i < op->count; i++) {
+            int64_t words = tile_scale_words(matrix_groups(op->matrices + i));
+            if (words > most) gemv += (words - most) * 4, most = words;
+        }
+    }
+    return gemm > gemv ? gemm : gemv;
+}
+
+static void matmul_task(const Matmul *op, int64_t task, float *scratch)
+{
+    int64_t tiles = 0, slot, i = 0;
+    for (int64_t j = 0; j < op->count; j++) tiles += matrix_tiles(op->matrices + j);
+    slot = task / tiles, task %= tiles;
+    while (task >= matrix_tiles(op->matrices + i)) task -= matrix_tiles(op->matrices + i++);
+    const Matrix *m = op->matrices + i;
+    int64_t token0 = op->offsets ? op->offsets[slot] : 0, tokens = (op->offsets ? op->offsets[slot + 1] : op->rows) - token0;
+    int64_t expert = op->experts ? op->experts[slot] : slot;
+    if (tokens == 0) return;
+    if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, task * TILE_ROWS);
+    else if (tokens <= GEMV_TOKENS) gemv_tile(m, expert, op->x, token0, tokens, task * TILE_ROWS, scratch);
+    else gemm_tile(m, expert, op->x, token0, tokens, task * TILE_ROWS, scratch);
+}

@@ -1,0 +1,321 @@
+/* y = x W^T for int4 ("P16") and int8 weights: integer dot products, one float per group and output.
+ *
+ * A task is 32 rows of W. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie in memory:
+ *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot products per
+ *     activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation); a sum over lanes per row.
+ *     About 6 + 6 instructions per 64 bytes, where memory takes as long as 25: the read bandwidth is the limit. A row's result does
+ *     not depend on how many rows there are (a draft is checked by the same sums that decode without drafts).
+ * More go through a tile: 32 rows x 128 columns are unpacked and transposed once into int16 pairs (8 KiB, stays in L1), lanes
+ *     are rows of W, an activation pair is broadcast from memory; GEMM_TOKENS x GEMM_VECTORS sums in registers; per group one
+ *     conversion and multiply-add into float sums [rows of x][32] (L2). Unpacking costs about 1/4 of the products of 16 rows.
+ * Zero points are subtracted as integers (sums of the activations' words times zero), so nothing cancels in floats.
+ * Largest sum: int8 code 128 * 32768 * 128 columns = 2^29. */
+#pragma once
+#include "activations.h"
+
+#define TILE_ROWS 32
+#define GEMV_TOKENS 8
+#define GEMV_GROUP 4
+#define PANEL_BLOCKS 32
+
+INLINE int64_t matrix_groups(const Matrix *m) { return (m->columns + m->group_size - 1) / m->group_size; }
+INLINE int64_t tile_scale_words(int64_t groups) { return groups * TILE_ROWS * 2; } /* scales and zeros, float32 at most */
+
+/* What a dot product starts from, so that codes stand around their zero: the activations' sums times minus the zero point. */
+enum { NO_ZERO, SAME_ZERO, ZEROS };
+INLINE int zero_kind_of(const Matrix *m) { return m->zeros ? ZEROS : m->bits == 4 ? SAME_ZERO : NO_ZERO; }
+INLINE v16i dot_start(int zero_kind, const int32_t *lanes, const int32_t *zero)
+{
+    if (zero_kind == NO_ZERO) return i_zero();
+    return zero_kind == SAME_ZERO ? i_load(lanes) : i_mul(i_load(lanes), i_set1(*zero));
+}
+
+INLINE void unpack_block(int bits, const char *p, v16i *w)
+{
+    const v16i mask = i_set1(0x000F000F);
+    if (bits == 4) {
+        v16i four = i_load(p);
+        w[0] = i_and(four, mask), w[1] = i_and(w_srl(four, 4), mask);
+        w[2] = i_and(w_srl(four, 8), mask), w[3] = w_srl(four, 12);
+    } else {
+        for (int i = 0; i < 4; i++) w[i] = w_load_bytes((const int8_t *)p + 32 * i);
+    }
+}
+
+/* 16 rows of W, `pair` at a time, times `group` rows of activations: sums[16 s + row] are the lanes of one product. Columns go in
+ * panels, so that the activations of one (and the tables beside them) stay in L1 while the 16 rows pass.
+ * factors [block][part][stream][row], zeros [block][part][row]. */
+INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, const char *codes, const Rounded *x,
+                      int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
+{
+    const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
+    const int64_t row_bytes = blocks * block_bytes;
+    /* Rows to come are asked for by hand; at one panel per row the second of a pair is better left to the hardware (Cascade
+     * Lake: 84 % of the read bandwidth against 70 %; longer rows 82 against 69, shorter 73 against 67, one thread). */
+    const int by_hand = blocks == PANEL_BLOCKS ? 1 : pair;
+    for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
+    for (int64_t panel = 0; panel < blocks; panel += PANEL_BLOCKS) {
+        const int64_t end = panel + PANEL_BLOCKS < blocks ? panel + PANEL_BLOCKS : blocks;
+        for (int row = 0; row < 16; row += pair) {
+            const char *p = codes + row * row_bytes + panel * block_bytes;
+            const int16_t *words = x->words + (panel * streams + first) * BLOCK;
+            const int32_t *lanes = x->lanes + (panel * streams + first) * parts * 16, *zero = zeros + panel * parts * 16 + row;
+            const float *factor = factors + panel * parts * group * 16 + row;
+            v16f y[2][GEMV_GROUP];
+            for (int r = 0; r < pair; r++)
+                for (int s = 0; s < group; s++) y[r][s] = sums[16 * s + row + r];
+            for (int64_t block = panel; block < end; block++) {
+                v16i w[2][4];
+                for (int r = 0; r < pair; r++) {
+                    unpack_block(bits, p + r * row_bytes, w[r]);
+                    if (r < by_hand) __builtin_prefetch(p + (r + pair) * row_bytes);
+                }
+                for (int s = 0; s < group; s++)
+                    for (int part = 0; part < parts; part++)
+                        for (int r = 0; r < pair; r++) {
+                            v16i sum = dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * 16 + r);
+                            for (int i = 4 / parts * part; i < 4 / parts * (part + 1); i++)
+                                sum = w_dot(sum, w[r][i], i_load(words + s * BLOCK + 32 * i));
+                            y[r][s] = f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r]), y[r][s]);
+                        }
+                p += block_bytes, words += streams * BLOCK, lanes += streams * parts * 16;
+                zero += parts * 16, factor += parts * group * 16;
+            }
+            for (int r = 0; r < pair; r++)
+                for (int s = 0; s < group; s++) sums[16 * s + row + r] = y[r][s];
+        }
+    }
+}
+
+#define GEMV_CASE(bits, zero_kind, parts, group, pair) \
+    case bits * 1000 + zero_kind * 100 + parts * 10 + group: \
+        gemv_rows(bits, zero_kind, parts, group, pair, codes, x, first, factors, zeros, sums); \
+        break
+#define GEMV_CASES(bits, zero_kind, parts) \
+    GEMV_CASE(bits, zero_kind, parts, 1, 2); \
+    GEMV_CASE(bits, zero_kind, parts, 2, 2); \
+    GEMV_CASE(bits, zero_kind, parts, 4, 1)
+
+/* Scales and zero points of one tile, copied side by side: [group][TILE_ROWS] of the matrix's own type. In the matrix the groups of a
+ * row are a whole column of rows apart, usually a multiple of 4096 bytes: one set of the L1 cache, a page each, and
+ * nothing that a hardware prefetcher follows. So every tile asks for those of the next two, and reads its own once. */
+typedef struct { char *scales, *zeros; } TileScales;
+
+static TileScales gather_scales(const Matrix *m, int64_t scale_base, int64_t groups, int64_t row0, char *scratch)
+{
+    const int64_t size = element_bytes(m->scale_dtype), rows = m->padded_rows - row0, line = TILE_ROWS * size;
+    const int64_t bytes = rows < TILE_ROWS ? rows * size : line;
+    TileScales tile = {scratch, scratch + groups * line};
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = (scale_base + g * m->padded_rows + row0) * size;
+        const char *p = (const char *)m->scales + at;
+        memcpy(tile.scales + g * line, p, (size_t)bytes);
+        if (rows >= 3 * TILE_ROWS) __builtin_prefetch(p + line, 0, 2), __builtin_prefetch(p + 2 * line, 0, 2);
+        if (!m->zeros) continue;
+        p = (const char *)m->zeros + at;
+        memcpy(tile.zeros + g * line, p, (size_t)bytes);
+        if (rows >= 3 * TILE_ROWS) __builtin_prefetch(p + line, 0, 2), __builtin_prefetch(p + 2 * line, 0, 2);
+    }
+    return tile;
+}
+
+/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the tile on. scratch: (group + 1) * blocks * parts * 16 words. */
+static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, const Rounded *x, int64_t first, int group,
+                         int64_t row0, float *scratch, v16f *y)
+{
+    const int64_t streams = x->rows * x->planes, parts = x->parts, part_columns = BLOCK / parts;
+    float *factors = scratch;
+    int32_t *zeros = (int32_t *)(scratch + x->blocks * parts * group * 16);
+    int64_t at = row0, left = m->group_size, i = 0;
+    for (int64_t block = 0; block < x->blocks; block++)
+        for (int64_t part = 0; part < parts; part++, i++) {
+            v16f scale = load_at(tile.scales, m->scale_dtype, at);
+            for (int s = 0; s < group; s++)
+                f_store(factors + (i * group + s) * 16, f_mul(scale, f_set1(x->scales[block * streams + first + s])));
+            if (m->zeros) i_store(zeros + i * 16, i_from_f(load_at(tile.zeros, m->scale_dtype, at)));
+            if ((left -= part_columns) == 0) at += TILE_ROWS, left = m->group_size;
+        }
+    v16f sums[16 * GEMV_GROUP];
+    const int zero_kind = zero_kind_of(m);
+    switch (m->bits * 1000 + zero_kind * 100 + parts * 10 + group) {
+        GEMV_CASES(4, SAME_ZERO, 1); GEMV_CASES(4, SAME_ZERO, 2); GEMV_CASES(4, SAME_ZERO, 4);
+        GEMV_CASES(4, ZEROS, 1); GEMV_CASES(4, ZEROS, 2); GEMV_CASES(4, ZEROS, 4);
+        GEMV_CASES(8, NO_ZERO, 1); GEMV_CASES(8, NO_ZERO, 2); GEMV_CASES(8, NO_ZERO, 4);
+        GEMV_CASES(8, ZEROS, 1); GEMV_CASES(8, ZEROS, 2); GEMV_CASES(8, ZEROS, 4);
+    }
+    for (int s = 0; s < group; s++) y[s] = f_sum16(sums + 16 * s);
+}
+
+/* y of one row of x, 16 rows of W: bias, then the tensor's type; rows past the matrix are padding. */
+INLINE void store_outputs(const Matrix *m, int64_t token, int64_t row0, v16f y)
+{
+    int64_t left = m->rows - row0;
+    if (left <= 0) return;
+    if (m->bias) {
+        Rows bias = {(void *)m->bias, m->y.dtype, 0};
+        y = f_add(y, row_load(&bias, 0, row0, m->rows));
+    }
+    int64_t at = token * m->y.stride + row0;
+    if (left >= 16) store_at(m->y.data, m->y.dtype, at, y);
+    else store_some(m->y.data, m->y.dtype, at, y, left);
+}
+
+static void gemv_tile(const Matrix *m, int64_t expert, const Rounded *x, int64_t token0, int64_t tokens, int64_t tile0,
+                      float *scratch)
+{
+    const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), groups = matrix_groups(m);
+    const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + tile0 * row_bytes;
+    TileScales tile = gather_scales(m, expert * m->expert_scales, groups, tile0, (char *)scratch);
+    scratch += tile_scale_words(groups);
+    for (int64_t row0 = 0; row0 < TILE_ROWS && tile0 + row0 < m->padded_rows; row0 += 16) {
+        v16f y[2 * GEMV_TOKENS];
+        int64_t streams = tokens * x->planes;
+        for (int64_t s = 0; s < streams;) {
+            int group = streams - s >= 4 ? 4 : streams - s >= 2 ? 2 : 1;
+            gemv_streams(m, codes + row0 * row_bytes, tile, x, token0 * x->planes + s, group, row0, scratch, y + s);
+            s += group;
+        }
+        for (int64_t t = 0; t < tokens; t++)
+            store_outputs(m, token0 + t, tile0 + row0, x->planes == 1 ? y[t] : f_add(y[2 * t], y[2 * t + 1]));
+    }
+}
+
+/* 32 rows x one block as pairs of int16: tile[group of GEMM_VECTORS][step of two columns][vector][row]. */
+static void unpack_tile(const Matrix *m, const char *codes, int64_t blocks, int64_t block, int64_t row0, int64_t vectors,
+                        int32_t *tile)
+{
+    const v16i mask = i_set1(0x000F000F);
+    for (int64_t v = 0; v < vectors; v++) {
+        int32_t *out = tile + v / GEMM_VECTORS * GEMM_VECTORS * 64 * 16 + v % GEMM_VECTORS * 16;
+        const int64_t step = 16 * GEMM_VECTORS;
+        v16i t[16];
+        if (m->bits == 4) {
+            const char *p = codes + ((row0 + 16 * v) * blocks + block) * 64;
+            for (int r = 0; r < 16; r++) t[r] = i_load(p + r * blocks * 64), __builtin_prefetch(p + r * blocks * 64 + 128);
+            transpose16(t);
+            for (int d = 0; d < 16; d++) {
+                i_store(out + d * step, i_and(t[d], mask));
+                i_store(out + (16 + d) * step, i_and(w_srl(t[d], 4), mask));
+                i_store(out + (32 + d) * step, i_and(w_srl(t[d], 8), mask));
+                i_store(out + (48 + d) * step, w_srl(t[d], 12));
+            }
+        } else {
+            const char *p = codes + ((row0 + 16 * v) * blocks + block) * 128;
+            for (int i = 0; i < 4; i++) {
+                for (int r = 0; r < 16; r++) t[r] = w_load_bytes((const int8_t *)p + r * blocks * 128 + 32 * i);
+                transpose16(t);
+                for (int d = 0; d < 16; d++) i_store(out + (16 * i + d) * step, t[d]);
+            }
+        }
+    }
+}
+
+/* `count` streams x GEMM_VECTORS * 16 rows over `steps` pairs of columns, then into the float sums. */
+INLINE void gemm_part(int zero_kind, int count, int64_t steps, const int32_t *tile, const int16_t *words, const int32_t *word_sums,
+                      const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+{
+    v16i acc[GEMM_TOKENS][GEMM_VECTORS];
+#pragma GCC unroll 12
+    for (int s = 0; s < count; s++)
+#pragma GCC unroll 2
+        for (int v = 0; v < GEMM_VECTORS; v++)
+            acc[s][v] = zero_kind == NO_ZERO     ? i_zero()
+                        : zero_kind == SAME_ZERO ? i_set1(word_sums[s])
+                                                 : i_mul(i_set1(word_sums[s]), zeros[v]);
+    for (int64_t step = 0; step < steps; step++) {
+        if (step % 16 == 0) /* a cache line of each activation row that comes next: they stream from L2 */
+#pragma GCC unroll 12
+            for (int s = 0; s < count; s++) __builtin_prefetch(words + (s + count) * BLOCK + 2 * step);
+        v16i w[GEMM_VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < GEMM_VECTORS; v++) w[v] = i_load(tile + (step * GEMM_VECTORS + v) * 16);
+#pragma GCC unroll 12
+        for (int s = 0; s < count; s++) {
+            int32_t pair;
+            memcpy(&pair, words + s * BLOCK + 2 * step, 4);
+            v16i x = i_set1(pair);
+#pragma GCC unroll 2
+            for (int v = 0; v < GEMM_VECTORS; v++) acc[s][v] = w_dot(acc[s][v], w[v], x);
+        }
+    }
+#pragma GCC unroll 12
+    for (int s = 0; s < count; s++)
+#pragma GCC unroll 2
+        for (int v = 0; v < GEMM_VECTORS; v++) {
+            float *y = sums + s * TILE_ROWS + 16 * v;
+            f_store(y, f_fma(f_from_i(acc[s][v]), f_mul(scales[v], f_set1(x_scales[s])), f_load(y)));
+        }
+}
+
+#define GEMM_CASE(count) \
+    while (streams - s >= count) { \
+        gemm_part(zero_kind, count, steps, tile, words + s * BLOCK, word_sums + s, zeros, scales, x_scales + s, sums + s * TILE_ROWS); \
+        s += count; \
+    }
+INLINE void gemm_streams(int zero_kind, int64_t streams, int64_t steps, const int32_t *tile, const int16_t *words, const int32_t *word_sums,
+                         const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+{
+    int64_t s = 0;
+    GEMM_CASE(GEMM_TOKENS)
+#if GEMM_TOKENS > 8
+    GEMM_CASE(8)
+#endif
+#if GEMM_TOKENS > 4
+    GEMM_CASE(4)
+#endif
+    GEMM_CASE(2)
+    GEMM_CASE(1)
+}
+
+static void gemm_by_zero(int zero_kind, int64_t streams, int64_t steps, const int32_t *tile, const int16_t *words,
+                         const int32_t *word_sums, const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+{
+    if (zero_kind == NO_ZERO) gemm_streams(NO_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
+    else if (zero_kind == SAME_ZERO) gemm_streams(SAME_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
+    else gemm_streams(ZEROS, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
+}
+
+/* At most GEMM_CHUNK streams at a time, so that the float sums stay in L2. */
+#define GEMM_CHUNK 1024
+static void gemm_tile(const Matrix *m, int64_t expert, const Rounded *x, int64_t token0, int64_t tokens, int64_t row0,
+                      float *scratch)
+{
+    const int64_t all = x->rows * x->planes, parts = x->parts;
+    const int64_t vectors = m->padded_rows - row0 >= TILE_ROWS ? 2 : 1;
+    const char *codes = (const char *)m->codes + expert * m->expert_code_bytes;
+    int32_t *tile = (int32_t *)scratch;
+    float *sums = scratch + 2 * 64 * 16;
+    if (vectors < 2) memset(tile, 0, 2 * 64 * 16 * 4); /* both vectors are multiplied, one is stored */
+    for (int64_t chunk = 0; chunk < tokens; chunk += GEMM_CHUNK / x->planes) {
+        int64_t left = tokens - chunk, count = left < GEMM_CHUNK / x->planes ? left : GEMM_CHUNK / x->planes;
+        int64_t first = (token0 + chunk) * x->planes, streams = count * x->planes;
+        memset(sums, 0, (size_t)(streams * TILE_ROWS) * 4);
+        for (int64_t block = 0; block < x->blocks; block++) {
+            unpack_tile(m, codes, x->blocks, block, row0, vectors, tile);
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t group = (block * BLOCK + part * (BLOCK / parts)) / m->group_size;
+                int64_t at = expert * m->expert_scales + group * m->padded_rows + row0;
+                v16f scales[2] = {load_at(m->scales, m->scale_dtype, at), f_zero()};
+                v16i zeros[2] = {i_zero(), i_zero()};
+                if (m->zeros) zeros[0] = i_from_f(load_at(m->zeros, m->scale_dtype, at));
+                if (vectors == 2) {
+                    scales[1] = load_at(m->scales, m->scale_dtype, at + 16);
+                    if (m->zeros) zeros[1] = i_from_f(load_at(m->zeros, m->scale_dtype, at + 16));
+                }
+                for (int64_t v = 0; v < vectors; v += GEMM_VECTORS)
+                    gemm_by_zero(zero_kind_of(m), streams, 64 / parts,
+                                 tile + v * 64 * 16 + part * (64 / parts) * GEMM_VECTORS * 16,
+                                 x->words + (block * all + first) * BLOCK + part * (BLOCK / parts),
+                                 x->sums + (block * parts + part) * all + first, zeros + v, scales + v,
+                                 x->scales + block * all + first, sums + 16 * v);
+            }
+        }
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t v = 0; v < vectors; v++) {
+                const float *y = sums + t * x->planes * TILE_ROWS + 16 * v;
+                v16f sum = f_load(y);
+                if (x->planes == 2) sum = f_add(sum, f_load(y + TILE_ROWS));
+                store_outputs(m, token0 + chunk + t, row0 + 16 * v, sum);
+            }
+    }
+}
