@@ -1,4 +1,3 @@
-# type: ignore  (Triton's language inside kernels is not the Python that pyright knows)
 """What quantized codes stand for, inside Triton kernels: int4 and int8 to numbers without a conversion instruction.
 
 A small integer q is or-ed into the mantissa of a float whose last place is worth 1: the result is 2^p + q, exactly, and

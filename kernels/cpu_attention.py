@@ -18,8 +18,7 @@ QUERY_ROWS = 64  # queries of a chunk that attend together: scores of [heads, QU
 
 
 def store_kv(cache: KVCache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
-    """Keys and values [T, KV, D] into the cache at positions[t] of sequence slots[t]; int8 codes with a scale per head.
-    Keys and values [T, KV, D] into the cache at positions[t] of sequence slots[t]; int8 codes with a scale per head."""
+    """Keys and values [T, KV, D] into the cache at positions[t] of sequence slots[t]; int8: codes, a scale per head."""
     library = c_library(keys, values)
     tokens, kv_heads, size = keys.shape
     if library is None or size % 16 or size > 512:

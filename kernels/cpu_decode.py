@@ -1,17 +1,17 @@
 """A decode step of the whole model as one program in C: no Python, no torch and no barrier between its operations.
 
-A step of the 0.8B model is 250 operations; called one by one from Python each costs some 20 us beside its work, 5 ms of a
-step that takes 25. So for given weights, buffers, B sequences and S tokens the operations are written down once (10 per
-linear-attention layer, 11 per full one) and run by one call. What changes from step to step (tokens, positions, slots,
-lengths, cosines) lies in tensors that every call fills first.
+A step of the 0.8B model is 250 operations; called one by one from Python each costs some 20 us beside its work, 5 ms of
+a step that takes 25. So for given weights, buffers, B sequences and S tokens the operations are written down once (10
+per linear-attention layer, 11 per full one) and run by one call. What changes from step to step (tokens, positions,
+slots, lengths, cosines) lies in tensors that every call fills first.
 
-Between operations everything is float32 (one or eight rows: no memory to save), rounded to its type where it stays: in the
-KV cache, the states and the hidden states that come out. Activations of a matmul become int16 as in `cpu_matmul.py`; a norm,
-the delta rule and silu(gate) * up hand them over already rounded. One to eight rows take the same sums in the same
-order, so that a step that checks drafts computes the same logits as steps without.
+Between operations everything is float32 (one or eight rows: no memory to save), rounded to its type where it stays: in
+the KV cache, the states and the hidden states that come out. Activations of a matmul become int16 as in
+`cpu_matmul.py`; a norm and the delta rule hand them over already rounded. One to eight rows take the same sums in the
+same order, so that a step that checks drafts computes the same logits as steps without.
 
-A program lives in `buffers.programs` and holds addresses of the model's tensors, which never move. Where `unsupported` has something to say
-the model runs its operations one by one.
+A program lives in `buffers.programs` and holds addresses of the model's tensors, which never move. Where `unsupported`
+has something to say the model runs its operations one by one.
 """
 
 from dataclasses import replace

@@ -1,18 +1,19 @@
-"""Matmuls on the CPU: `quantized_matmul`, `expert_matmul` and `dense_linear`, with the signatures of `reference.py`.
+"""Matmuls on the CPU: `quantized_matmul`, `expert_matmul` and `dense_linear`, with the signatures of
+`reference.py`.
 
-Activations are turned into int16 with one power of two per 128 columns (csrc/activations.h), products and sums of a block
-are exact integers (csrc/matmul.h), so the only errors are that rounding and float32 sums over the groups. Relative RMS
-error of the result before it is rounded to x's dtype (1024 columns, int4; with outliers: every 97th feature 300 times
-larger), beside torch's matmul in that dtype, rounding of the result included:
+Activations are turned into int16 with one power of two per 128 columns (csrc/activations.h), products and sums of a
+block are exact integers (csrc/matmul.h), so the only errors are that rounding and float32 sums over the groups.
+Relative RMS error of the result before it is rounded to x's dtype (1024 columns, int4; with outliers: every 97th
+feature 300 times larger), beside torch's matmul in that dtype, rounding of the result included:
 
     x bfloat16    one plane of int16      4e-6, with outliers 1.5e-4      2.8e-3
     x float16     one plane               1.1e-5, with outliers 1.5e-4    3.5e-4
     x float32     two planes, 30 bits     8e-8, with outliers 8e-8        1.5e-7
 
-An input that is infinite or not a number makes its whole row of the result not a number. Nothing here rounds activations
-to int8. AVX512-BF16 is not used where it exists: it multiplies as many pairs per instruction as VNNI's int16 and needs the
-same unpacking, but sums in float32; int16 keeps every bit of a bfloat16 within 1/128 of the largest of its block, and
-sums exactly.
+An input that is infinite or not a number makes its whole row of the result not a number. Nothing here rounds
+activations to int8. AVX512-BF16 is not used where it exists: it multiplies as many pairs per instruction as VNNI's
+int16 and needs the same unpacking, but sums in float32; int16 keeps every bit of a bfloat16 within 1/128 of the
+largest of its block, and sums exactly.
 
 Without the C library: aten's packed matmuls (`cpu_packed.py`), bfloat16 inside, or dequantize and F.linear.
 """

@@ -1,8 +1,9 @@
 """Writes a `cpu_operations.Program`: norms, roundings and matmuls of a few rows, with the buffers between them.
 
-Rows are float32; what a quantized matrix reads is, beside them, their int16 planes, once for every kind of matrix (parts of
-a block that share a scale, factor of its zero points). Buffers have names, and layers share them: each is written
-before it is read. What belongs to the model or to its caches is pointed to and not kept alive, see `cpu_decode.py`.
+Rows are float32; what a quantized matrix reads is, beside them, their int16 planes, once for every kind of matrix
+(parts of a block that share a scale, factor of its zero points). Buffers have names, and layers share them: each is
+written before it is read. What belongs to the model or to its caches is pointed to and not kept alive, see
+`cpu_decode.py`.
 """
 
 from collections.abc import Mapping, Sequence

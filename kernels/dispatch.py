@@ -64,12 +64,19 @@ def choose(
         return Choice(library.path, library.reason)
     if device.type != "cuda":
         return Choice("reference", f"there are no kernels for {device.type}: the twins in plain torch")
+    return choose_of_triton(operation, device, dtype, rows, experts)
+
+
+def choose_of_triton(
+    operation: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 1,
+    experts: int = 0,
+) -> Choice:
+    """The same on the Triton path; a CPU stands for the interpreter there."""
     if importlib.util.find_spec("triton") is None:
         return Choice("reference", "Triton is not installed (pip install triton): the twins in plain torch")
-    return _choose_on_gpu(operation, device, dtype, rows, experts)
-
-
-def _choose_on_gpu(operation: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> Choice:
     from .target import target_of
 
     where = target_of(device)

@@ -13,7 +13,6 @@ Matrices may be int4, int8, or plain [E, N, K] in x's dtype.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
@@ -68,8 +67,7 @@ def _multiply_by_gemv(x: Tensor, weight: QuantizedWeight | Tensor, offsets: Tens
     use = gemv_configuration(1, bits)
     given = _sizes(x, weight)
     columns, blocks = given[2], given[-1]
-    launch: Any = gemv_kernel[(divide_up(out.shape[1], use.columns), 1, x.shape[0])]
-    launch(
+    gemv_kernel[(divide_up(out.shape[1], use.columns), 1, x.shape[0])](
         x,
         codes.view(torch.int32) if bits == 4 else codes,
         scales,
@@ -102,8 +100,7 @@ def _multiply_by_tiles(
     use = tile_configuration(target, divide_up(rows, experts), bits, group)
     tiles = min(rows, experts + rows // use.rows)
     given = _sizes(x, weight)
-    launch: Any = matmul_tiles_kernel[(tiles * divide_up(out.shape[1], use.columns), 1)]
-    launch(
+    matmul_tiles_kernel[(tiles * divide_up(out.shape[1], use.columns), 1)](
         x,
         codes,
         scales,

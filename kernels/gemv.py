@@ -1,4 +1,3 @@
-# type: ignore  (Triton's language inside kernels is not the Python that pyright knows)
 """Matrix times one to four vectors, with int4, int8 or unquantized weights, in plain float32: no matrix unit.
 
     out[m, n] = sum over groups g of scales[g, n] * (sum over columns k of g of x[m, k] * (code[n, k] - zero[g, n]))
@@ -21,6 +20,9 @@ adds the bias and rounds. Experts: a program has one row of x, and finds its exp
 Bounds: x is read at rows below M (the last one repeated) and columns below K, codes and scales within whole blocks of
 padded rows; nothing is written outside [M, N].
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# (whether a name is bound is decided by the kernel's constants)
 
 import triton
 import triton.language as tl

@@ -82,8 +82,7 @@ def multiply_by_gemv(
     tiles, row_tiles = divide_up(weight.rows, use.columns), divide_up(x.shape[0], use.rows)
     blocks, per_split, splits = _cut(weight, tiles * row_tiles, use.num_warps, x, splits, use.blocks)
     sums = _sums(out, splits)
-    launch: Any = gemv_kernel[(tiles, splits, row_tiles)]
-    launch(
+    gemv_kernel[(tiles, splits, row_tiles)](
         x,
         weight.codes.view(torch.int32) if weight.bits == 4 else weight.codes,
         weight.scales,
@@ -125,8 +124,7 @@ def multiply_by_tiles(
     tiles = divide_up(weight.rows, use.columns) * divide_up(x.shape[0], use.rows)
     _, per_split, splits = _cut(weight, tiles, use.num_warps, x, splits, 1)
     sums = _sums(out, splits)
-    launch: Any = matmul_tiles_kernel[(tiles, splits)]
-    launch(
+    matmul_tiles_kernel[(tiles, splits)](
         x,
         weight.codes,
         weight.scales,
@@ -167,8 +165,7 @@ def unpack(weight: QuantizedWeight, dtype: torch.dtype, expert: int | None = Non
     matrix = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.codes.device)
     blocks = blocks_of(weight)
     tile_rows = unpack_rows(target_for(codes.device))
-    launch: Any = unpack_kernel[(divide_up(weight.rows, tile_rows), blocks)]
-    launch(
+    unpack_kernel[(divide_up(weight.rows, tile_rows), blocks)](
         codes,
         scales,
         zeros,
@@ -298,9 +295,8 @@ def _add(sums: Tensor, bias: Tensor | None, out: Tensor, splits: int) -> None:
     if splits > 1:
         columns = sum_columns(target_for(out.device))
         grid = (divide_up(out.shape[1], columns), out.shape[0])
-        launch: Any = add_splits_kernel[grid]
         fixed = {"SPLITS": splits, "COLUMNS": columns}
-        launch(sums, bias, out, *out.shape, **fixed, num_warps=_WARPS, enable_fp_fusion=True)
+        add_splits_kernel[grid](sums, bias, out, *out.shape, **fixed, num_warps=_WARPS, enable_fp_fusion=True)
 
 
 def compile_cases(target: Target) -> tuple[CompileCase, ...]:

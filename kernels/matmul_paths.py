@@ -129,7 +129,8 @@ def gemv_is_bound_by_memory(target: Target, rows: int) -> bool:
 
 
 def gemv_configuration(rows: int, bits: int) -> GemvConfiguration:
-    """The same for every target. About 16 weights' words per thread, or as few as leave room for four rows' sums."""
+    """The same for every target: four 128-bit loads per thread and turn, or two where more rows' sums need registers.
+    The same for every target: four 128-bit loads per thread and turn, or two where more rows' sums need registers."""
     rows = min(rows, GEMV_ROWS)
     if bits == 4:
         return GemvConfiguration(rows, 16 if rows <= 2 else 8, 2)
@@ -167,18 +168,16 @@ def tile_configuration(target: Target, rows: int, bits: int, group: int) -> Tile
 
 @lru_cache(maxsize=4096)
 def splits_for(programs: int, num_warps: int, blocks: int, rows: int, processors: int) -> int:
-    """Into how many parts K is cut (a power of two), so that every processor has 8 warps of this kernel's programs.
+    """Into how many parts K is cut: the power of two, up to 16, with the least estimated time.
 
-    (A warp of gemv has 2 KB on their way, of the tiles 2 to 6 KB; what memory needs to be busy is its latency times its
-    bandwidth, 10 to 20 KB per processor.) Not into parts of fewer than 4 blocks, and not so that writing and reading
-    the sums costs over a quarter of the codes: 8 bytes * splits * rows against 64 bytes per block.
+    Memory is as busy as warps ask it to be, fully so with 8 of these kernels' per processor: one has 2 to 6 KB on their
+    way, and latency times bandwidth is 10 to 20 KB per processor. Against that stands the traffic of the sums, 8 bytes
+    * splits * rows per row of the weight, beside 64 bytes per block of codes. No part has fewer than 4 blocks.
     """
-    splits = 1
-    while (
-        programs * splits * num_warps < WARPS_PER_PROCESSOR * processors
-        and 2 * splits <= MOST_SPLITS
-        and blocks >= 2 * splits * LEAST_SPLIT_BLOCKS
-        and 2 * splits * rows <= 2 * blocks
-    ):
-        splits *= 2
-    return splits
+
+    def estimate(splits: int) -> float:
+        traffic = 1.0 + (splits * rows / (8 * blocks) if splits > 1 else 0.0)
+        return traffic / min(1.0, programs * splits * num_warps / (WARPS_PER_PROCESSOR * processors))
+
+    possible = [splits for splits in (1, 2, 4, 8, MOST_SPLITS) if splits == 1 or blocks >= splits * LEAST_SPLIT_BLOCKS]
+    return min(possible, key=estimate)

@@ -1,4 +1,3 @@
-# type: ignore  (Triton's language inside kernels is not the Python that pyright knows)
 """Matmul of several rows with int4, int8 or unquantized weights on the matrix units: one kernel, two orientations.
 
     out[m, n] = sum over groups g of scales[g, n] * (sum over columns k of g of x[m, k] * (code[n, k] - zero[g, n]))
@@ -26,6 +25,9 @@ Bounds: x is read at its own rows and columns only (16 rows of a tile of which o
 codes and scales in whole blocks of padded rows; nothing is written outside [M, N]. Sizes that a 32-bit index might not
 hold are multiplied in 64 bits.
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# (whether a name is bound is decided by the kernel's constants)
 
 import triton
 import triton.language as tl

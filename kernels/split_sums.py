@@ -1,4 +1,3 @@
-# type: ignore  (Triton's language inside kernels is not the Python that pyright knows)
 """Sums of a matmul whose columns were split among programs, added in the order of the splits: the same bits every time.
 
 Grid: (tiles of COLUMNS columns, rows). A thread reads four neighbouring float32 sums of every split at once, adds them,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import choose
+from .dispatch import choose_of_triton
 from .operations import REFERENCE, Operations
 from .packing import QuantizedWeight
 
@@ -14,11 +14,11 @@ _PROMPT_ROWS = 2048  # of a chunk, as GPU_CHUNK_TOKENS of `memory.py`: only for 
 
 
 def triton_path(device: torch.device | str) -> Operations:
-    """The operations for a CUDA or ROCm device; the twins in plain torch where Triton is not installed.
+    """The operations for a CUDA or ROCm device (for a CPU in the interpreter); the twins where Triton is not installed.
 
     ValueError for a GPU that is older than the kernels (compute capability 7.5).
     """
-    rest = choose("rms_norm", device)
+    rest = choose_of_triton("rms_norm", device)
     if rest.path == "reference":
         return replace(REFERENCE, choices={"everything": rest.reason})
     from .attention_decode import attention_decode
@@ -35,8 +35,8 @@ def triton_path(device: torch.device | str) -> Operations:
     def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         return quantized_matmul(x, weight) if isinstance(weight, QuantizedWeight) else F.linear(x, weight)
 
-    one, many = (choose("quantized_matmul", device, rows=rows) for rows in (1, _PROMPT_ROWS))
-    attention = choose("attention_prefill", device)
+    one, many = (choose_of_triton("quantized_matmul", device, rows=rows) for rows in (1, _PROMPT_ROWS))
+    attention = choose_of_triton("attention_prefill", device)
     choices = {
         "matmul, one row": f"{one.path}: {one.reason}",
         f"matmul, {_PROMPT_ROWS} rows": f"{many.path}: {many.reason}",

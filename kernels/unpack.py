@@ -1,4 +1,3 @@
-# type: ignore  (Triton's language inside kernels is not the Python that pyright knows)
 """Quantized weights as a plain matrix, for the vendor's matmul: what remains of them with hundreds of rows of x.
 
 Grid: (tiles of ROWS rows, blocks of 128 columns). A thread reads 16 bytes of codes and writes the 32 or 16 numbers they
@@ -9,6 +8,9 @@ Traffic: 2.5 bytes per int4 weight here and 2 more when the matmul reads them; `
 that is worth it. Columns stay in the order of the codes (act-order is a matter of x), and nothing is written outside
 [N, K].
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# (whether a name is bound is decided by the kernel's constants)
 
 import triton
 import triton.language as tl
@@ -49,7 +51,7 @@ def unpack_kernel(
         if BITS == 4:
             # 2^23 + nibble, exactly, without a conversion
             values = (((words >> (4 * j)) & 0xF).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-            values -= (8388608.0 + zero)[:, None]
+            values -= zero[:, None] + 8388608.0
         else:
             values = tl.load(code_rows + j * RUN).to(tl.float32) - zero[:, None]
         inside = (n < N)[:, None] & (at + column < K)[None, :]

@@ -1,8 +1,8 @@
 /* Activations as int16 under a common power of two per 128 columns.
  *
- * The largest of a block takes 15 bits, so bfloat16 (8 bits) down to 1/128 of it is exact, and so is a product with a weight's
- * scale: a one-hot row gives the dequantized column to the last bit. Smaller ones lose what lies below 2^-15 of the
- * largest. The second plane of float32 takes the rest, another 15 bits. */
+ * The largest of a block takes 15 bits, so bfloat16 (8 bits) down to 1/128 of it is exact, and so is a product with a
+ * weight's scale: a one-hot row gives the dequantized column to the last bit. Smaller ones lose what lies below 2^-15
+ * of the largest. The second plane of float32 takes the rest, another 15 bits. */
 #pragma once
 #include "elementary.h"
 

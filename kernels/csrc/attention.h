@@ -1,9 +1,10 @@
 /* Rotary embedding and the write into the cache; attention of few queries over a long cache.
  *
- * A task of ATTENTION is one key head of one sequence and one part of its context: keys and values of that part are read once for
- * all query heads (and drafts) that share them. Tiles of KEY_TILE keys: scores of four keys x four queries at a time (16 sums over lanes,
- * shared), a running maximum per query, then values into [queries][D] sums in L1. Each task leaves (sum, maximum, weight); ATTENTION_JOIN
- * adds the parts in order. Parts are cut by the context alone, so results do not depend on the number of threads. */
+ * A task of ATTENTION is one key head of one sequence and one part of its context: keys and values of that part are
+ * read once for all query heads (and drafts) that share them. Tiles of KEY_TILE keys: scores of four keys x four
+ * queries at a time (16 sums over lanes, shared), a running maximum per query, then values into [queries][D] sums in
+ * L1. Each task leaves (sum, maximum, weight); ATTENTION_JOIN adds the parts in order. Parts are cut by the context
+ * alone, so results do not depend on the number of threads. */
 #pragma once
 #include "norm.h"
 
@@ -83,10 +84,11 @@ static int64_t attention_scratch_bytes(const Attention *op)
     return attention_queries(op) * (2 * op->head_dim + KEY_TILE + 4) * 4;
 }
 
-/* While keys are scored the values of the tile come into L2, and while those are summed the next tile's keys: no hardware stream
- * follows rows of 512 bytes that are read 64 at a time.
- * scores[4 queries][KEY_TILE] of `count` keys (a multiple of 4; keys past the end are masked by the caller) */
-INLINE void score_tile(int64_t dtype, const char *keys, const char *values, int64_t count, int64_t d, const float *q, float *scores)
+/* While keys are scored the values of the tile come into L2, and while those are summed the next tile's keys: no
+ * hardware stream follows rows of 512 bytes that are read 64 at a time. scores[4 queries][KEY_TILE] of `count` keys (a
+ * multiple of 4; keys past the end are masked by the caller) */
+INLINE void score_tile(int64_t dtype, const char *keys, const char *values, int64_t count, int64_t d, const float *q,
+                       float *scores)
 {
     const int64_t size = element_bytes(dtype), ahead = values - keys;
     for (int64_t key = 0; key < count; key += 4) {
@@ -128,8 +130,8 @@ INLINE void value_columns(int64_t dtype, int vectors, const char *values, const 
     for (int r = 0; r < QUERY_GROUP; r++)
         for (int j = 0; j < vectors; j++) f_store(sums + r * d + i + 16 * j, y[r][j]);
 }
-INLINE void value_tile(int64_t dtype, const char *values, const char *next, int64_t count, int64_t d, const float *weights,
-                       float *sums)
+INLINE void value_tile(int64_t dtype, const char *values, const char *next, int64_t count, int64_t d,
+                       const float *weights, float *sums)
 {
     int64_t i = 0;
     for (; i + 32 <= d; i += 32) value_columns(dtype, 2, values, next, count, d, i, weights, sums);
@@ -138,10 +140,25 @@ INLINE void value_tile(int64_t dtype, const char *values, const char *next, int6
 
 #define BY_DTYPE(dtype, call) \
     switch (dtype) { \
-    case FLOAT32: { enum { T = FLOAT32 }; call; break; } \
-    case BFLOAT16: { enum { T = BFLOAT16 }; call; break; } \
-    case FLOAT16: { enum { T = FLOAT16 }; call; break; } \
-    default: { enum { T = INT8 }; call; } \
+    case FLOAT32: { \
+        enum { T = FLOAT32 }; \
+        call; \
+        break; \
+    } \
+    case BFLOAT16: { \
+        enum { T = BFLOAT16 }; \
+        call; \
+        break; \
+    } \
+    case FLOAT16: { \
+        enum { T = FLOAT16 }; \
+        call; \
+        break; \
+    } \
+    default: { \
+        enum { T = INT8 }; \
+        call; \
+    } \
     }
 
 static void attention_task(const Attention *op, int64_t task, float *scratch)
@@ -177,7 +194,8 @@ static void attention_task(const Attention *op, int64_t task, float *scratch)
                 const int64_t seen = op->lengths[sequence] + (row < rows ? row / shared : 0) + 1 - tile;
                 if (op->key_scales)
                     for (int64_t key = 0; key < count; key++) s[key] *= op->key_scales[head_at + tile + key];
-                for (int64_t key = seen < count ? (seen < 0 ? 0 : seen) : count; key < KEY_TILE; key++) s[key] = -INFINITY;
+                for (int64_t key = seen < count ? (seen < 0 ? 0 : seen) : count; key < KEY_TILE; key++)
+                    s[key] = -INFINITY;
                 v16f largest = f_set1(state[2 * row]);
                 for (int64_t key = 0; key < KEY_TILE; key += 16) largest = f_max(f_load(s + key), largest);
                 const float maximum = f_reduce_max(largest);
@@ -186,7 +204,8 @@ static void attention_task(const Attention *op, int64_t task, float *scratch)
                     v16f lower = f_exp(f_set1(state[2 * row] - maximum));
                     float factor[16];
                     f_store(factor, lower);
-                    for (int64_t i = 0; i < d; i += 16) f_store(sums + row * d + i, f_mul(f_load(sums + row * d + i), lower));
+                    for (int64_t i = 0; i < d; i += 16)
+                        f_store(sums + row * d + i, f_mul(f_load(sums + row * d + i), lower));
                     state[2 * row + 1] *= factor[0];
                     state[2 * row] = maximum;
                 }
@@ -200,8 +219,8 @@ static void attention_task(const Attention *op, int64_t task, float *scratch)
                 if (op->value_scales)
                     for (int64_t key = 0; key < count; key++) s[key] *= op->value_scales[head_at + tile + key];
             }
-            BY_DTYPE(op->cache_dtype,
-                     value_tile(T, values, keys + KEY_TILE * d * size, count, d, scores + group * KEY_TILE, sums + group * d))
+            BY_DTYPE(op->cache_dtype, value_tile(T, values, keys + KEY_TILE * d * size, count, d,
+                                                 scores + group * KEY_TILE, sums + group * d))
         }
     }
     for (int64_t row = 0; row < rows; row++) {

@@ -1,7 +1,7 @@
 /* The causal depthwise convolution of Gated DeltaNet and its SiLU, lanes are channels.
  *
- * The state keeps the last W - 1 inputs of a channel side by side ([C][W - 1]), so 16 channels are 16 (W - 1) elements, taken
- * apart through a buffer. A task is CONV_CHANNELS channels of one sequence. */
+ * The state keeps the last W - 1 inputs of a channel side by side ([C][W - 1]), so 16 channels are 16 (W - 1)
+ * elements, taken apart through a buffer. A task is CONV_CHANNELS channels of one sequence. */
 #pragma once
 #include "elementary.h"
 
@@ -17,7 +17,8 @@ INLINE void load_channels(const void *data, int64_t dtype, int64_t at, int64_t c
     float all[16 * CONV_TAPS], lanes[16] = {0};
     const int64_t elements = count * columns;
     for (int64_t i = 0; i < elements; i += 16)
-        f_store(all + i, i + 16 <= elements ? load_at(data, dtype, at + i) : load_some(data, dtype, at + i, elements - i));
+        f_store(all + i,
+                i + 16 <= elements ? load_at(data, dtype, at + i) : load_some(data, dtype, at + i, elements - i));
     for (int64_t t = 0; t < columns; t++) {
         for (int64_t l = 0; l < count; l++) lanes[l] = all[l * columns + t];
         out[t] = f_load(lanes);
@@ -36,8 +37,10 @@ INLINE void store_channels(void *data, int64_t dtype, int64_t at, int64_t column
         else store_some(data, dtype, at + i, f_load(all + i), elements - i);
 }
 
-/* `count` <= 16 channels from c on; constants where they are the usual ones, so that nothing below loops over unknown lengths. */
-INLINE void conv_channels(const Conv *op, int64_t sequence, int64_t row0, int64_t steps, int64_t c, int64_t count, int64_t taps)
+/* `count` <= 16 channels from c on; constants where they are the usual ones, so that nothing below loops over
+ * unknown lengths. */
+INLINE void conv_channels(const Conv *op, int64_t sequence, int64_t row0, int64_t steps, int64_t c, int64_t count,
+                          int64_t taps)
 {
     const Rows *state = &op->state;
     const int64_t before = taps - 1;

@@ -1,13 +1,16 @@
 /* The gated delta rule, token by token: a task is one value head of one sequence.
  *
- * S is [DV][DK] (V-major), so S k and S q are dot products of rows. Per token and row one pass over S: with d = e^g S k,
+ * S is [DV][DK] (V-major), so S k and S q are dot products of rows. Per token and row one pass over S: with d = e^g S
+ * k,
  *     e = beta (v - d),  S <- e^g S + e k^T,  o = S q = e^g (S_old q) + e (k . q)
- * both products come from the old row, which is then written once: 3 multiply-adds per element, one read, one write. Sixteen
- * rows at a time, so that the sums over lanes are shared. With a norm, o becomes weight * rmsnorm(o) * silu(gate).
+ * both products come from the old row, which is then written once: 3 multiply-adds per element, one read, one write.
+ * Sixteen rows at a time, so that the sums over lanes are shared. With a norm, o becomes weight * rmsnorm(o) *
+ * silu(gate).
  *
- * A prompt goes the same way, not through chunked matmuls: rows of S do not know of each other, so 16 of them (8 KiB) stay in L1
- * while PREFILL_TOKENS tokens pass, whose keys and queries (16 KiB) do as well. It takes as many products as the chunked form with 64
- * tokens, and nothing is laid out for a matmul. S is float32 from the first token to the last, whatever the state's type. */
+ * A prompt goes the same way, not through chunked matmuls: rows of S do not know of each other, so 16 of them (8 KiB)
+ * stay in L1 while PREFILL_TOKENS tokens pass, whose keys and queries (16 KiB) do as well. It takes as many products
+ * as the chunked form with 64 tokens, and nothing is laid out for a matmul. S is float32 from the first token to the
+ * last, whatever the state's type. */
 #pragma once
 #include "norm.h"
 
@@ -57,7 +60,10 @@ INLINE void delta_rows(int64_t dtype, const char *from, char *to, int64_t dk, co
 }
 
 /* What a token brings: unit vectors, their product, and the two gates. */
-typedef struct { float *q, *k, *v; float kq, decay, beta; } Token;
+typedef struct {
+    float *q, *k, *v;
+    float kq, decay, beta;
+} Token;
 
 INLINE Token delta_inputs(const Delta *op, int64_t row, int64_t head, float *q, float *k, float *v)
 {
@@ -98,7 +104,8 @@ INLINE void delta_output(const Delta *op, int64_t row, int64_t head, float *o)
 static void delta_task(const Delta *op, int64_t task, float *scratch)
 {
     (void)scratch;
-    const int64_t sequence = task / op->value_heads, head = task % op->value_heads, dk = op->key_dim, dv = op->value_dim;
+    const int64_t sequence = task / op->value_heads, head = task % op->value_heads, dk = op->key_dim,
+                  dv = op->value_dim;
     const int64_t size = element_bytes(op->state.dtype), rows_bytes = DELTA_ROWS * dk * size;
     char *base = (char *)op->state.data + head * dv * dk * size;
     char *from = base + op->source[sequence] * op->state.stride * size;
@@ -108,7 +115,7 @@ static void delta_task(const Delta *op, int64_t task, float *scratch)
         const Token t = delta_inputs(op, row, head, q, k, v);
         char *to = base + op->target[row] * op->state.stride * size;
         for (int64_t i = 0; i < dv / DELTA_ROWS; i++) {
-            char *old = from + i * rows_bytes, *new = to + i * rows_bytes;
+            char *old = from + i * rows_bytes, *new = to + i *rows_bytes;
             float *value = v + DELTA_ROWS * i, *out = o + DELTA_ROWS * i;
             if (op->state.dtype == FLOAT32) delta_rows(FLOAT32, old, new, dk, q, k, t.kq, value, t.decay, t.beta, out);
             else delta_rows(BFLOAT16, old, new, dk, q, k, t.kq, value, t.decay, t.beta, out);
@@ -125,7 +132,8 @@ static int64_t delta_prefill_scratch_bytes(const Delta *op)
 }
 static void delta_prefill_task(const Delta *op, int64_t task, float *scratch)
 {
-    const int64_t sequence = task / op->value_heads, head = task % op->value_heads, dk = op->key_dim, dv = op->value_dim;
+    const int64_t sequence = task / op->value_heads, head = task % op->value_heads, dk = op->key_dim,
+                  dv = op->value_dim;
     const int64_t last = op->cu_seqlens[sequence + 1], at = op->source[sequence] * op->state.stride + head * dv * dk;
     float *s = scratch, *q = s + dv * dk, *k = q + PREFILL_TOKENS * dk, *v = k + PREFILL_TOKENS * dk;
     float *o = v + PREFILL_TOKENS * dv;
@@ -133,7 +141,8 @@ static void delta_prefill_task(const Delta *op, int64_t task, float *scratch)
     for (int64_t i = 0; i < dv * dk; i += 16) f_store(s + i, load_at(op->state.data, op->state.dtype, at + i));
     for (int64_t first = op->cu_seqlens[sequence]; first < last; first += PREFILL_TOKENS) {
         const int64_t count = last - first < PREFILL_TOKENS ? last - first : PREFILL_TOKENS;
-        for (int64_t t = 0; t < count; t++) tokens[t] = delta_inputs(op, first + t, head, q + t * dk, k + t * dk, v + t * dv);
+        for (int64_t t = 0; t < count; t++)
+            tokens[t] = delta_inputs(op, first + t, head, q + t * dk, k + t * dk, v + t * dv);
         for (int64_t row = 0; row < dv; row += DELTA_ROWS)
             for (int64_t t = 0; t < count; t++) {
                 const Token *x = tokens + t;

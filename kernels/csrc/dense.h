@@ -1,15 +1,15 @@
 /* y = x W^T for float matrices of few rows of x (lm_head, routers, the small projections of Gated DeltaNet).
  *
- * Lanes are columns, four float sums per row of W and of x (columns 16 i of i = 0, 1, 2, 3 mod 4), joined pairwise: the order does not
- * depend on the number of rows. x must be float32. bfloat16 costs one conversion and one multiply-add per 16 weights, far
- * below what memory takes. */
+ * Lanes are columns, four float sums per row of W and of x (columns 16 i of i = 0, 1, 2, 3 mod 4), joined pairwise:
+ * the order does not depend on the number of rows. x must be float32. bfloat16 costs one conversion and one
+ * multiply-add per 16 weights, far below what memory takes. */
 #pragma once
 #include "matmul.h"
 
 #define DENSE_STREAMS 4
 
-INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first, int64_t row,
-                       v16f *sums)
+INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first,
+                       int64_t row, v16f *sums)
 {
     v16f y[DENSE_STREAMS][4];
     const char *w = codes + row * m->columns * element_bytes(dtype);
@@ -32,15 +32,17 @@ INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *co
         for (int s = 0; s < group; s++)
             y[s][i] = f_fma(weights, load_some(x->data, FLOAT32, (first + s) * x->stride + column, count), y[s][i]);
     }
-    for (int s = 0; s < group; s++)
-        sums[16 * s] = f_add(f_add(y[s][0], y[s][1]), f_add(y[s][2], y[s][3]));
+    for (int s = 0; s < group; s++) sums[16 * s] = f_add(f_add(y[s][0], y[s][1]), f_add(y[s][2], y[s][3]));
 }
 
 #define DENSE_CASE(dtype, group) \
     case dtype * 10 + group: \
         for (int64_t r = 0; r < rows; r++) dense_rows(dtype, group, m, codes, x, token, row0 + r, sums + r); \
         break
-#define DENSE_CASES(dtype) DENSE_CASE(dtype, 1); DENSE_CASE(dtype, 2); DENSE_CASE(dtype, 4)
+#define DENSE_CASES(dtype) \
+    DENSE_CASE(dtype, 1); \
+    DENSE_CASE(dtype, 2); \
+    DENSE_CASE(dtype, 4)
 
 static void dense_tile(const Matrix *m, int64_t expert, const Rows *x, int64_t token0, int64_t tokens, int64_t row0)
 {
@@ -54,7 +56,9 @@ static void dense_tile(const Matrix *m, int64_t expert, const Rows *x, int64_t t
             v16f sums[16 * DENSE_STREAMS];
             for (int i = 0; i < 16 * DENSE_STREAMS; i++) sums[i] = f_zero();
             switch (m->code_dtype * 10 + group) {
-                DENSE_CASES(FLOAT32); DENSE_CASES(BFLOAT16); DENSE_CASES(FLOAT16);
+                DENSE_CASES(FLOAT32);
+                DENSE_CASES(BFLOAT16);
+                DENSE_CASES(FLOAT16);
             }
             for (int s = 0; s < group; s++) store_outputs(m, token + s, row0, f_sum16(sums + 16 * s));
             token += group;
@@ -92,7 +96,8 @@ static void matmul_task(const Matmul *op, int64_t task, float *scratch)
     slot = task / tiles, task %= tiles;
     while (task >= matrix_tiles(op->matrices + i)) task -= matrix_tiles(op->matrices + i++);
     const Matrix *m = op->matrices + i;
-    int64_t token0 = op->offsets ? op->offsets[slot] : 0, tokens = (op->offsets ? op->offsets[slot + 1] : op->rows) - token0;
+    int64_t token0 = op->offsets ? op->offsets[slot] : 0,
+            tokens = (op->offsets ? op->offsets[slot + 1] : op->rows) - token0;
     int64_t expert = op->experts ? op->experts[slot] : slot;
     if (tokens == 0) return;
     if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, task * TILE_ROWS);

@@ -1,4 +1,5 @@
-/* What the pool knows of an operation: how many tasks it has, one of them, and the bytes of scratch that a task needs. */
+/* What the pool knows of an operation: how many tasks it has, one of them, and the bytes of scratch that a task
+ * needs. */
 #pragma once
 #include <stdint.h>
 

@@ -2,15 +2,21 @@
 #pragma once
 #include <immintrin.h>
 
-typedef struct { __m256 a, b; } v16f;
-typedef struct { __m256i a, b; } v16i;
+typedef struct {
+    __m256 a, b;
+} v16f;
+typedef struct {
+    __m256i a, b;
+} v16i;
 
 /* Registers: 12 sums of 6 tokens x 16 rows, 2 of weights, 1 of the broadcast token, 1 spare: all sixteen. */
 #define GEMM_TOKENS 6
 #define GEMM_VECTORS 1
 
-#define F2(f, x, y) (v16f){f((x).a, (y).a), f((x).b, (y).b)}
-#define I2(f, x, y) (v16i){f((x).a, (y).a), f((x).b, (y).b)}
+#define F2(f, x, y) \
+    (v16f) { f((x).a, (y).a), f((x).b, (y).b) }
+#define I2(f, x, y) \
+    (v16i) { f((x).a, (y).a), f((x).b, (y).b) }
 
 INLINE v16f f_set1(float a) { return (v16f){_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
 INLINE v16f f_zero(void) { return f_set1(0); }

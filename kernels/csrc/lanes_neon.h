@@ -2,8 +2,12 @@
 #pragma once
 #include <arm_neon.h>
 
-typedef struct { float32x4_t v[4]; } v16f;
-typedef struct { int32x4_t v[4]; } v16i;
+typedef struct {
+    float32x4_t v[4];
+} v16f;
+typedef struct {
+    int32x4_t v[4];
+} v16i;
 
 /* Registers: 16 sums of 4 tokens x 16 rows, 4 of weights, the rest for tokens and halves. */
 #define GEMM_TOKENS 4
@@ -17,7 +21,10 @@ typedef struct { int32x4_t v[4]; } v16i;
 INLINE v16f f_set1(float a) { EACH(v16f, vdupq_n_f32(a)); }
 INLINE v16f f_zero(void) { return f_set1(0); }
 INLINE v16f f_load(const float *p) { EACH(v16f, vld1q_f32(p + 4 * k)); }
-INLINE void f_store(float *p, v16f x) { for (int k = 0; k < 4; k++) vst1q_f32(p + 4 * k, x.v[k]); }
+INLINE void f_store(float *p, v16f x)
+{
+    for (int k = 0; k < 4; k++) vst1q_f32(p + 4 * k, x.v[k]);
+}
 INLINE v16f f_add(v16f x, v16f y) { EACH(v16f, vaddq_f32(x.v[k], y.v[k])); }
 INLINE v16f f_sub(v16f x, v16f y) { EACH(v16f, vsubq_f32(x.v[k], y.v[k])); }
 INLINE v16f f_mul(v16f x, v16f y) { EACH(v16f, vmulq_f32(x.v[k], y.v[k])); }
@@ -63,7 +70,10 @@ INLINE v16i w_dot(v16i c, v16i x, v16i y)
 }
 
 INLINE v16i w_load_bytes(const int8_t *p) { EACH(v16i, vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p + 8 * k)))); }
-INLINE void w_store_i(int16_t *p, v16i x) { for (int k = 0; k < 4; k++) vst1_s16(p + 4 * k, vqmovn_s32(x.v[k])); }
+INLINE void w_store_i(int16_t *p, v16i x)
+{
+    for (int k = 0; k < 4; k++) vst1_s16(p + 4 * k, vqmovn_s32(x.v[k]));
+}
 INLINE v16i i_load_bytes(const int8_t *p)
 {
     int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
@@ -80,10 +90,7 @@ INLINE void i_store_u16(uint16_t *p, v16i x)
 {
     for (int k = 0; k < 4; k++) vst1_u16(p + 4 * k, vmovn_u32(vreinterpretq_u32_s32(x.v[k])));
 }
-INLINE v16f f_load_f16(const uint16_t *p)
-{
-    EACH(v16f, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * k))));
-}
+INLINE v16f f_load_f16(const uint16_t *p) { EACH(v16f, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * k)))); }
 INLINE void f_store_f16(uint16_t *p, v16f x)
 {
     for (int k = 0; k < 4; k++) vst1_u16(p + 4 * k, vreinterpret_u16_f16(vcvt_f16_f32(x.v[k])));
@@ -98,20 +105,14 @@ INLINE v16i i_where_nan(v16f x, v16i c, v16i otherwise)
     EACH(v16i, vbslq_s32(vceqq_f32(x.v[k], x.v[k]), otherwise.v[k], c.v[k]));
 }
 
-INLINE float32x4_t sum4(v16f x)
-{
-    return vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
-}
+INLINE float32x4_t sum4(v16f x) { return vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3])); }
 INLINE float f_sum(v16f x)
 {
     float32x4_t c = sum4(x);
     float32x2_t d = vadd_f32(vget_low_f32(c), vget_high_f32(c));
     return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
 }
-INLINE int32_t i_sum(v16i x)
-{
-    return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3])));
-}
+INLINE int32_t i_sum(v16i x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]))); }
 INLINE float f_reduce_max(v16f x)
 {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));

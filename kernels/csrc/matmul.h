@@ -1,13 +1,16 @@
 /* y = x W^T for int4 ("P16") and int8 weights: integer dot products, one float per group and output.
  *
  * A task is 32 rows of W. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie in memory:
- *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot products per
- *     activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation); a sum over lanes per row.
- *     About 6 + 6 instructions per 64 bytes, where memory takes as long as 25: the read bandwidth is the limit. A row's result does
- *     not depend on how many rows there are (a draft is checked by the same sums that decode without drafts).
- * More go through a tile: 32 rows x 128 columns are unpacked and transposed once into int16 pairs (8 KiB, stays in L1), lanes
- *     are rows of W, an activation pair is broadcast from memory; GEMM_TOKENS x GEMM_VECTORS sums in registers; per group one
- *     conversion and multiply-add into float sums [rows of x][32] (L2). Unpacking costs about 1/4 of the products of 16 rows.
+ *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot
+ *     products per activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation);
+ *     a sum over lanes per row. About 6 + 6 instructions per 64 bytes, where memory takes as long as 25: the read
+ *     bandwidth is the limit. A row's result does not depend on how many rows there are (a draft is checked by the
+ *     same sums that decode without drafts).
+ * More go through a tile:
+ *     32 rows x 128 columns are unpacked and transposed once into int16 pairs (8 KiB, stays in L1); lanes are rows of
+ *     W, an activation pair is broadcast from memory; GEMM_TOKENS x GEMM_VECTORS sums stay in registers; per group one
+ *     conversion and multiply-add into float sums [rows of x][32] (L2). Unpacking costs about a quarter of the products
+ *     of 16 rows. 240 of the 307 GFLOP/s that a Cascade Lake core at 2.4 GHz has in int16.
  * Zero points are subtracted as integers (sums of the activations' words times zero), so nothing cancels in floats.
  * Largest sum: int8 code 128 * 32768 * 128 columns = 2^29. */
 #pragma once
@@ -19,9 +22,13 @@
 #define PANEL_BLOCKS 32
 
 INLINE int64_t matrix_groups(const Matrix *m) { return (m->columns + m->group_size - 1) / m->group_size; }
-INLINE int64_t tile_scale_words(int64_t groups) { return groups * TILE_ROWS * 2; } /* scales and zeros, float32 at most */
+INLINE int64_t tile_scale_words(int64_t groups)
+{
+    return groups * TILE_ROWS * 2;
+} /* scales and zeros, float32 at most */
 
-/* What a dot product starts from, so that codes stand around their zero: the activations' sums times minus the zero point. */
+/* What a dot product starts from, so that codes stand around their zero: the activations' sums times minus the zero
+ * point. */
 enum { NO_ZERO, SAME_ZERO, ZEROS };
 INLINE int zero_kind_of(const Matrix *m) { return m->zeros ? ZEROS : m->bits == 4 ? SAME_ZERO : NO_ZERO; }
 INLINE v16i dot_start(int zero_kind, const int32_t *lanes, const int32_t *zero)
@@ -42,16 +49,17 @@ INLINE void unpack_block(int bits, const char *p, v16i *w)
     }
 }
 
-/* 16 rows of W, `pair` at a time, times `group` rows of activations: sums[16 s + row] are the lanes of one product. Columns go in
- * panels, so that the activations of one (and the tables beside them) stay in L1 while the 16 rows pass.
+/* 16 rows of W, `pair` at a time, times `group` rows of activations: sums[16 s + row] are the lanes of one product.
+ * Columns go in panels, so that the activations of one (and the tables beside them) stay in L1 while the 16 rows pass.
  * factors [block][part][stream][row], zeros [block][part][row]. */
 INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, const char *codes, const Rounded *x,
                       int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
 {
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
     const int64_t row_bytes = blocks * block_bytes;
-    /* Rows to come are asked for by hand; at one panel per row the second of a pair is better left to the hardware (Cascade
-     * Lake: 84 % of the read bandwidth against 70 %; longer rows 82 against 69, shorter 73 against 67, one thread). */
+    /* Rows to come are asked for by hand; at one panel per row the second of a pair is better left to the hardware
+     * (Cascade Lake: 84 % of the read bandwidth against 70 %; longer rows 82 against 69, shorter 73 against 67, one
+     * thread). */
     const int by_hand = blocks == PANEL_BLOCKS ? 1 : pair;
     for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
     for (int64_t panel = 0; panel < blocks; panel += PANEL_BLOCKS) {
@@ -59,7 +67,8 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, c
         for (int row = 0; row < 16; row += pair) {
             const char *p = codes + row * row_bytes + panel * block_bytes;
             const int16_t *words = x->words + (panel * streams + first) * BLOCK;
-            const int32_t *lanes = x->lanes + (panel * streams + first) * parts * 16, *zero = zeros + panel * parts * 16 + row;
+            const int32_t *lanes = x->lanes + (panel * streams + first) * parts * 16,
+                          *zero = zeros + panel * parts * 16 + row;
             const float *factor = factors + panel * parts * group * 16 + row;
             v16f y[2][GEMV_GROUP];
             for (int r = 0; r < pair; r++)
@@ -96,10 +105,13 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, c
     GEMV_CASE(bits, zero_kind, parts, 2, 2); \
     GEMV_CASE(bits, zero_kind, parts, 4, 1)
 
-/* Scales and zero points of one tile, copied side by side: [group][TILE_ROWS] of the matrix's own type. In the matrix the groups of a
- * row are a whole column of rows apart, usually a multiple of 4096 bytes: one set of the L1 cache, a page each, and
- * nothing that a hardware prefetcher follows. So every tile asks for those of the next two, and reads its own once. */
-typedef struct { char *scales, *zeros; } TileScales;
+/* Scales and zero points of one tile, copied side by side: [group][TILE_ROWS] of the matrix's own type. In the matrix
+ * the groups of a row are a whole column of rows apart, usually a multiple of 4096 bytes: one set of the L1 cache, a
+ * page each, and nothing that a hardware prefetcher follows. So every tile asks for those of the next two, and reads
+ * its own once. */
+typedef struct {
+    char *scales, *zeros;
+} TileScales;
 
 static TileScales gather_scales(const Matrix *m, int64_t scale_base, int64_t groups, int64_t row0, char *scratch)
 {
@@ -119,9 +131,10 @@ static TileScales gather_scales(const Matrix *m, int64_t scale_base, int64_t gro
     return tile;
 }
 
-/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the tile on. scratch: (group + 1) * blocks * parts * 16 words. */
-static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, const Rounded *x, int64_t first, int group,
-                         int64_t row0, float *scratch, v16f *y)
+/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the tile on. scratch: (group + 1) * blocks * parts
+ * * 16 words. */
+static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, const Rounded *x, int64_t first,
+                         int group, int64_t row0, float *scratch, v16f *y)
 {
     const int64_t streams = x->rows * x->planes, parts = x->parts, part_columns = BLOCK / parts;
     float *factors = scratch;
@@ -138,10 +151,18 @@ static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, co
     v16f sums[16 * GEMV_GROUP];
     const int zero_kind = zero_kind_of(m);
     switch (m->bits * 1000 + zero_kind * 100 + parts * 10 + group) {
-        GEMV_CASES(4, SAME_ZERO, 1); GEMV_CASES(4, SAME_ZERO, 2); GEMV_CASES(4, SAME_ZERO, 4);
-        GEMV_CASES(4, ZEROS, 1); GEMV_CASES(4, ZEROS, 2); GEMV_CASES(4, ZEROS, 4);
-        GEMV_CASES(8, NO_ZERO, 1); GEMV_CASES(8, NO_ZERO, 2); GEMV_CASES(8, NO_ZERO, 4);
-        GEMV_CASES(8, ZEROS, 1); GEMV_CASES(8, ZEROS, 2); GEMV_CASES(8, ZEROS, 4);
+        GEMV_CASES(4, SAME_ZERO, 1);
+        GEMV_CASES(4, SAME_ZERO, 2);
+        GEMV_CASES(4, SAME_ZERO, 4);
+        GEMV_CASES(4, ZEROS, 1);
+        GEMV_CASES(4, ZEROS, 2);
+        GEMV_CASES(4, ZEROS, 4);
+        GEMV_CASES(8, NO_ZERO, 1);
+        GEMV_CASES(8, NO_ZERO, 2);
+        GEMV_CASES(8, NO_ZERO, 4);
+        GEMV_CASES(8, ZEROS, 1);
+        GEMV_CASES(8, ZEROS, 2);
+        GEMV_CASES(8, ZEROS, 4);
     }
     for (int s = 0; s < group; s++) y[s] = f_sum16(sums + 16 * s);
 }
@@ -181,8 +202,8 @@ static void gemv_tile(const Matrix *m, int64_t expert, const Rounded *x, int64_t
 }
 
 /* 32 rows x one block as pairs of int16: tile[group of GEMM_VECTORS][step of two columns][vector][row]. */
-static void unpack_tile(const Matrix *m, const char *codes, int64_t blocks, int64_t block, int64_t row0, int64_t vectors,
-                        int32_t *tile)
+static void unpack_tile(const Matrix *m, const char *codes, int64_t blocks, int64_t block, int64_t row0,
+                        int64_t vectors, int32_t *tile)
 {
     const v16i mask = i_set1(0x000F000F);
     for (int64_t v = 0; v < vectors; v++) {
@@ -191,7 +212,8 @@ static void unpack_tile(const Matrix *m, const char *codes, int64_t blocks, int6
         v16i t[16];
         if (m->bits == 4) {
             const char *p = codes + ((row0 + 16 * v) * blocks + block) * 64;
-            for (int r = 0; r < 16; r++) t[r] = i_load(p + r * blocks * 64), __builtin_prefetch(p + r * blocks * 64 + 128);
+            for (int r = 0; r < 16; r++)
+                t[r] = i_load(p + r * blocks * 64), __builtin_prefetch(p + r * blocks * 64 + 128);
             transpose16(t);
             for (int d = 0; d < 16; d++) {
                 i_store(out + d * step, i_and(t[d], mask));
@@ -211,8 +233,9 @@ static void unpack_tile(const Matrix *m, const char *codes, int64_t blocks, int6
 }
 
 /* `count` streams x GEMM_VECTORS * 16 rows over `steps` pairs of columns, then into the float sums. */
-INLINE void gemm_part(int zero_kind, int count, int64_t steps, const int32_t *tile, const int16_t *words, const int32_t *word_sums,
-                      const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+INLINE void gemm_part(int zero_kind, int count, int64_t steps, const int32_t *tile, const int16_t *words,
+                      const int32_t *word_sums, const v16i *zeros, const v16f *scales, const float *x_scales,
+                      float *sums)
 {
     v16i acc[GEMM_TOKENS][GEMM_VECTORS];
 #pragma GCC unroll 12
@@ -249,11 +272,13 @@ INLINE void gemm_part(int zero_kind, int count, int64_t steps, const int32_t *ti
 
 #define GEMM_CASE(count) \
     while (streams - s >= count) { \
-        gemm_part(zero_kind, count, steps, tile, words + s * BLOCK, word_sums + s, zeros, scales, x_scales + s, sums + s * TILE_ROWS); \
+        gemm_part(zero_kind, count, steps, tile, words + s * BLOCK, word_sums + s, zeros, scales, x_scales + s, \
+                  sums + s * TILE_ROWS); \
         s += count; \
     }
-INLINE void gemm_streams(int zero_kind, int64_t streams, int64_t steps, const int32_t *tile, const int16_t *words, const int32_t *word_sums,
-                         const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+INLINE void gemm_streams(int zero_kind, int64_t streams, int64_t steps, const int32_t *tile, const int16_t *words,
+                         const int32_t *word_sums, const v16i *zeros, const v16f *scales, const float *x_scales,
+                         float *sums)
 {
     int64_t s = 0;
     GEMM_CASE(GEMM_TOKENS)
@@ -268,10 +293,13 @@ INLINE void gemm_streams(int zero_kind, int64_t streams, int64_t steps, const in
 }
 
 static void gemm_by_zero(int zero_kind, int64_t streams, int64_t steps, const int32_t *tile, const int16_t *words,
-                         const int32_t *word_sums, const v16i *zeros, const v16f *scales, const float *x_scales, float *sums)
+                         const int32_t *word_sums, const v16i *zeros, const v16f *scales, const float *x_scales,
+                         float *sums)
 {
-    if (zero_kind == NO_ZERO) gemm_streams(NO_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
-    else if (zero_kind == SAME_ZERO) gemm_streams(SAME_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
+    if (zero_kind == NO_ZERO)
+        gemm_streams(NO_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
+    else if (zero_kind == SAME_ZERO)
+        gemm_streams(SAME_ZERO, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
     else gemm_streams(ZEROS, streams, steps, tile, words, word_sums, zeros, scales, x_scales, sums);
 }
 

@@ -14,7 +14,8 @@ static void embed_task(const Embed *op, int64_t row, float *scratch)
     for (int64_t column = 0; column < columns; column += 16) {
         if (m->bits == 0) {
             const int64_t count = columns - column < 16 ? columns - column : 16;
-            row_store(&op->y, row, column, columns, load_some(m->codes, m->code_dtype, token * m->columns + column, count));
+            row_store(&op->y, row, column, columns,
+                      load_some(m->codes, m->code_dtype, token * m->columns + column, count));
             continue;
         }
         const int64_t at = column / m->group_size * m->padded_rows + token;
@@ -23,7 +24,8 @@ static void embed_task(const Embed *op, int64_t row, float *scratch)
         v16i codes;
         if (m->bits == 8) codes = i_load_bytes((const int8_t *)m->codes + token * m->columns + column);
         else { /* nibble j of words 32 b .. + 31 */
-            const uint16_t *words = (const uint16_t *)m->codes + token * m->columns / 4 + column / BLOCK * 32 + column % 32;
+            const uint16_t *words =
+                (const uint16_t *)m->codes + token * m->columns / 4 + column / BLOCK * 32 + column % 32;
             int32_t lanes[16];
             for (int l = 0; l < 16; l++) lanes[l] = words[l] >> (column % BLOCK / 32 * 4) & 15;
             codes = i_load(lanes);
@@ -78,13 +80,14 @@ static int64_t combine_tasks(const Combine *op) { return op->tokens; }
 static void combine_task(const Combine *op, int64_t token, float *scratch)
 {
     (void)scratch;
-    float gate = op->shared_gate.data ? load_one(op->shared_gate.data, op->shared_gate.dtype, token * op->shared_gate.stride) : 0;
+    float gate = op->shared_gate.data
+                     ? load_one(op->shared_gate.data, op->shared_gate.dtype, token * op->shared_gate.stride)
+                     : 0;
     for (int64_t i = 0; i < op->columns; i += 16) {
         v16f y = f_zero();
         if (op->shared.data) y = f_mul(row_load(&op->shared, token, i, op->columns), f_set1(sigmoid(gate)));
         for (int64_t row = 0; row < op->rows; row++) /* in the order of experts, whichever token */
-            if (op->gather[row] == token)
-                y = f_fma(f_set1(op->weights[row]), row_load(&op->x, row, i, op->columns), y);
+            if (op->gather[row] == token) y = f_fma(f_set1(op->weights[row]), row_load(&op->x, row, i, op->columns), y);
         row_store(&op->y, token, i, op->columns, y);
     }
 }

@@ -1,25 +1,43 @@
 /* What the kernels are told: one structure per operation, mirrored field by field in kernels/cpu_operations.py.
  *
- * Every field has 8 bytes, so that no compiler pads. A program is an array of pointers to operations; each starts with its
- * kind. Pointers stay valid while a program runs; nothing here is owned by the kernels. Strides count elements.
- */
+ * Every field has 8 bytes, so that no compiler pads. A program is an array of pointers to operations; each starts with
+ * its kind. Pointers stay valid while a program runs; nothing here is owned by the kernels. Strides count elements. */
 #pragma once
 #include <stdint.h>
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-enum { ROUND, MATMUL, NORM, CONV_UPDATE, CONV_PREFILL, DELTA_STEP, DELTA_PREFILL, ROPE_STORE, ATTENTION, ATTENTION_JOIN,
-       EMBED, ROUTE, COMBINE, READ, KINDS };
+enum {
+    ROUND,
+    MATMUL,
+    NORM,
+    CONV_UPDATE,
+    CONV_PREFILL,
+    DELTA_STEP,
+    DELTA_PREFILL,
+    ROPE_STORE,
+    ATTENTION,
+    ATTENTION_JOIN,
+    EMBED,
+    ROUTE,
+    COMBINE,
+    READ,
+    KINDS
+};
 
 #define BLOCK 128 /* columns of a block: 64 bytes of int4 codes */
 
 /* Rows of a matrix: element i of row r is data[r * stride + i] of type `dtype`. */
-typedef struct { void *data; int64_t dtype, stride; } Rows;
+typedef struct {
+    void *data;
+    int64_t dtype, stride;
+} Rows;
 
-/* Activations as block fixed point: x[r][128 b + i] = words[b][s][i] * scales[b][s], s = r * planes + plane, summed over the
- * planes. One plane keeps 15 bits and a sign under the largest of 128, two keep 31. Zero points need sums of words:
- * lanes[b][s][p][l] is minus lane_factor times the sum of the words that lane l of a dot product meets in part p of the block;
- * sums[b][p][s] their sum over lanes. A part is 128 / parts columns: what shares a scale of the weights. lane_factor is 8 for
- * symmetric int4 (codes stand around 8), 1 where the matrix has zero points to multiply by. */
+/* Activations as block fixed point: x[r][128 b + i] = words[b][s][i] * scales[b][s], s = r * planes + plane, summed
+ * over the planes. One plane keeps 15 bits and a sign under the largest of 128, two keep 31. Zero points need sums of
+ * words: lanes[b][s][p][l] is minus lane_factor times the sum of the words that lane l of a dot product meets in part
+ * p of the block; sums[b][p][s] their sum over lanes. A part is 128 / parts columns: what shares a scale of the
+ * weights. lane_factor is 8 for symmetric int4 (codes stand around 8), 1 where the matrix has zero points to multiply
+ * by. */
 typedef struct {
     int16_t *words;
     float *scales;
@@ -28,9 +46,9 @@ typedef struct {
     int64_t blocks, rows, planes, parts, lane_factor;
 } Rounded;
 
-/* ROUND: sources are rows of `source`, or by `gather` (row r is source[gather[r]]), columns by `order`; with `gate` rows, silu(gate) *
- * source; with `gate_is_sigmoid`, sigmoid(gate) * source. `y`, if
- * its data is not null, receives the rows as floats; `out` may be null then. */
+/* ROUND: sources are rows of `source`, or by `gather` (row r is source[gather[r]]), columns by `order`; with `gate`
+ * rows, silu(gate) * source; with `gate_is_sigmoid`, sigmoid(gate) * source. `y`, if its data is not null, receives
+ * the rows as floats; `out` may be null then. */
 typedef struct {
     int64_t kind;
     Rows source, gate;
@@ -51,8 +69,9 @@ typedef struct {
     Rows y;
 } Matrix;
 
-/* MATMUL: every matrix times the same rows. Quantized ones read `x`, those of floats read `floats`. For a stack, slot i holds rows
- * offsets[i] .. offsets[i + 1] - 1 of expert experts[i] (null: i); `*active` slots of `slots` are in use (null: all). */
+/* MATMUL: every matrix times the same rows. Quantized ones read `x`, those of floats read `floats`. For a stack, slot
+ * i holds rows offsets[i] .. offsets[i + 1] - 1 of expert experts[i] (null: i); `*active` slots of `slots` are in use
+ * (null: all). */
 typedef struct {
     int64_t kind;
     Matrix *matrices;
@@ -64,7 +83,8 @@ typedef struct {
     int64_t slots;
 } Matmul;
 
-/* NORM: residual += x (if residual.data), y = rmsnorm(residual or x) * (weight + offset) [* silu(gate)], and y as activations. */
+/* NORM: residual += x (if residual.data), y = rmsnorm(residual or x) * (weight + offset) [* silu(gate)], and y as
+ * activations. */
 typedef struct {
     int64_t kind;
     Rows x, residual, weight, gate, y; /* weight: one row; y.data or rounded may be null */
@@ -73,8 +93,9 @@ typedef struct {
     Rounded *rounded;
 } Norm;
 
-/* CONV_UPDATE: x [B S][C] -> y, W taps; state [slots][C][W - 1]; history from source[b], after token s to target[b][s].
- * CONV_PREFILL: sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of x; history from and to state[source[b]]. */
+/* CONV_UPDATE: x [B S][C] -> y, W taps; state [slots][C][W - 1]; history from source[b], after token s to
+ * target[b][s]. CONV_PREFILL: sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of x; history from and to
+ * state[source[b]]. */
 typedef struct {
     int64_t kind;
     Rows x, weight, y, state; /* weight.stride = W, state.stride = C * (W - 1) */
@@ -82,8 +103,9 @@ typedef struct {
     int64_t sequences, steps, channels, taps;
 } Conv;
 
-/* DELTA_STEP: qkv rows after the convolution; S tokens of each sequence, state from source[b], after token s to target[b][s].
- * DELTA_PREFILL: rows cu_seqlens[b] .. of sequence b, state from and to source[b]. With `norm_weight`: y = gated RMS norm of the output. */
+/* DELTA_STEP: qkv rows after the convolution; S tokens of each sequence, state from source[b], after token s to
+ * target[b][s]. DELTA_PREFILL: rows cu_seqlens[b] .. of sequence b, state from and to source[b]. With `norm_weight`: y
+ * = gated RMS norm of the output. */
 typedef struct {
     int64_t kind;
     Rows qkv, a, b, state, y; /* state.stride: elements of a slot */
@@ -95,8 +117,8 @@ typedef struct {
     Rounded *rounded; /* only with norm_weight: y as activations, one block of 128 per head */
 } Delta;
 
-/* ROPE_STORE: q [T][H][2 D] (query, gate per head) or [T][H][D]; heads normed (weights may be null), first 2 * half dims turned;
- * queries to `q_out` [T][H][D], keys and values to the cache at (slots[t], positions[t]). */
+/* ROPE_STORE: q [T][H][2 D] (query, gate per head) or [T][H][D]; heads normed (weights may be null), first 2 * half
+ * dims turned; queries to `q_out` [T][H][D], keys and values to the cache at (slots[t], positions[t]). */
 typedef struct {
     int64_t kind;
     Rows q, k, v, q_out;
@@ -111,8 +133,9 @@ typedef struct {
     int64_t cache_dtype, cache_tokens; /* [seqs][KV][cache_tokens][D] */
 } RopeStore;
 
-/* ATTENTION: q [B S][H][D] over the cache, in `splits` parts of the context; partial [B S H][splits][D + 2] (sum, maximum, weight).
- * Query row r = b * steps + s sees lengths[b] + s + 1 tokens. ATTENTION_JOIN: y [B S][H D] = joined * sigmoid(gate). */
+/* ATTENTION: q [B S][H][D] over the cache, in `splits` parts of the context; partial [B S H][splits][D + 2] (sum,
+ * maximum, weight). Query row r = b * steps + s sees lengths[b] + s + 1 tokens. ATTENTION_JOIN: y [B S][H D] = joined
+ * * sigmoid(gate). */
 typedef struct {
     int64_t kind;
     Rows q, gate, y;
@@ -134,8 +157,8 @@ typedef struct {
     Rows y;
 } Embed;
 
-/* ROUTE: logits [T][E] -> softmax, the `top` largest, renormalised: rows sorted by expert. Row i of the sorted ones is token
- * gather[i] with weight weights[i]; slot j holds rows offsets[j] .. of expert experts[j]; *active slots.
+/* ROUTE: logits [T][E] -> softmax, the `top` largest, renormalised: rows sorted by expert. Row i of the sorted ones is
+ * token gather[i] with weight weights[i]; slot j holds rows offsets[j] .. of expert experts[j]; *active slots.
  * COMBINE: residual-free sum y[t] = sum of weight * x[row], + sigmoid(shared_gate[t]) * shared[t]. */
 typedef struct {
     int64_t kind;
@@ -153,4 +176,9 @@ typedef struct {
 } Combine;
 
 /* READ: sums `bytes` bytes by 8, the read bandwidth that the tables compare with. */
-typedef struct { int64_t kind; const void *data; int64_t bytes; uint64_t sum; } Read;
+typedef struct {
+    int64_t kind;
+    const void *data;
+    int64_t bytes;
+    uint64_t sum;
+} Read;

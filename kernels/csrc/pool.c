@@ -1,12 +1,12 @@
 /* Runs a program on a few threads: operation after operation, the tasks of each handed out one by one.
  *
- * There is no barrier that every thread must reach. A 64-bit cursor holds (serial number of the operation, next task); a
- * thread takes a task by compare-and-swap, and whoever finishes the last one publishes the next operation. A thread
- * that the system has put aside while it holds no task delays nobody, which a barrier would not survive on a shared machine.
- * Every output is computed within one task, so results do not depend on the number of threads.
+ * There is no barrier that every thread must reach. A 64-bit cursor holds (serial number of the operation, next task);
+ * a thread takes a task by compare-and-swap, and whoever finishes the last one publishes the next operation. A thread
+ * that the system has put aside while it holds no task delays nobody, which a barrier would not survive on a shared
+ * machine. Every output is computed within one task, so results do not depend on the number of threads.
  *
- * Workers live as long as the process: after a program they spin for SPIN_NS (the next one usually comes at once), then sleep. One
- * program runs at a time; a second caller waits. A forked child starts with no workers. */
+ * Workers live as long as the process: after a program they spin for SPIN_NS (the next one usually comes at once),
+ * then sleep. One program runs at a time; a second caller waits. A forked child starts with no workers. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -65,8 +65,8 @@ static void *scratch_for(const void *op)
 
 /* The next operation that has tasks, or the end.
  *
- * The cursor is closed first: a thread that read it before cannot take a task by it once `current` and `tasks` change, and one that
- * reads it closed finds no task. Without that a thread could pair the old cursor with the new count. */
+ * The cursor is closed first: a thread that read it before cannot take a task by it once `current` and `tasks` change,
+ * and one that reads it closed finds no task. Without that a thread could pair the old cursor with the new count. */
 static void publish(void)
 {
     uint64_t serial = (atomic_load_explicit(&cursor, memory_order_relaxed) >> 32) + 1;
@@ -97,7 +97,8 @@ static void take_part(void)
             else sched_yield();
             continue;
         }
-        /* If the cursor has not moved since it was read, neither have `current` and `tasks`: it closes before they do. */
+        /* If the cursor has not moved since it was read, neither have `current` and `tasks`: it closes before they
+         * do. */
         if (!atomic_compare_exchange_strong(&cursor, &now, now + 1)) continue;
         spins = 0;
         kernel_of(op)->task(op, (int64_t)(now & 0xFFFFFFFFu), scratch_for(op));

@@ -1,14 +1,17 @@
 /* Runs every kernel of csrc/ on fixed numbers and prints a hash of the bits of each result.
  *
- * Compiled once per instruction set (-DISA=name, -I the folder of isa.c), natively or for a machine that an emulator plays:
- * all of them must print the same lines. */
+ * Compiled once per instruction set (-DISA=name, -I the folder of isa.c), natively or for a machine that an emulator
+ * plays: all of them must print the same lines. */
 #include <stdio.h>
 #include <stdlib.h>
 #include "isa.c"
 
 static uint32_t seed = 12345;
 static float uniform(void) { return (float)(int32_t)(seed = seed * 1664525u + 1013904223u) / 2147483648.0f; }
-static void *room(size_t bytes) { return memset(aligned_alloc(64, (bytes + 127) / 64 * 64), 0, (bytes + 127) / 64 * 64); }
+static void *room(size_t bytes)
+{
+    return memset(aligned_alloc(64, (bytes + 127) / 64 * 64), 0, (bytes + 127) / 64 * 64);
+}
 static float *floats(size_t n)
 {
     float *p = room(n * 4);
@@ -48,8 +51,15 @@ static void run(void *op)
 static Rounded rounded(int64_t rows, int64_t columns, int64_t planes, int64_t parts, int64_t factor)
 {
     int64_t blocks = (columns + 127) / 128, streams = rows * planes;
-    return (Rounded){room(blocks * streams * 256), room(blocks * streams * 4), room(blocks * streams * parts * 64),
-                     room(blocks * parts * streams * 4), blocks, rows, planes, parts, factor};
+    return (Rounded){room(blocks * streams * 256),
+                     room(blocks * streams * 4),
+                     room(blocks * streams * parts * 64),
+                     room(blocks * parts * streams * 4),
+                     blocks,
+                     rows,
+                     planes,
+                     parts,
+                     factor};
 }
 
 static void matmuls(void)
@@ -71,8 +81,20 @@ static void matmuls(void)
                             memcpy(&b, &zero, 4);
                             zeros[i] = (uint16_t)(b >> 16);
                         }
-                        Matrix w = {bytes(padded * columns * bits / 8), bfloats(columns / group * padded, 0.01f, 0.02f),
-                                    asymmetric ? zeros : NULL, NULL, bits, 0, BFLOAT16, group, rows, padded, columns, 0, 0, y};
+                        Matrix w = {bytes(padded * columns * bits / 8),
+                                    bfloats(columns / group * padded, 0.01f, 0.02f),
+                                    asymmetric ? zeros : NULL,
+                                    NULL,
+                                    bits,
+                                    0,
+                                    BFLOAT16,
+                                    group,
+                                    rows,
+                                    padded,
+                                    columns,
+                                    0,
+                                    0,
+                                    y};
                         Round round = {ROUND, source, {0}, 0, NULL, NULL, m, columns, {0}, &x};
                         Matmul product = {MATMUL, &w, 1, &x, {0}, m, NULL, NULL, NULL, 0};
                         char name[64];
@@ -98,14 +120,17 @@ static void others(void)
     run(&norm), report("gated norm", y.data, (size_t)(b * s * 300) * 2);
 
     Rows taps = {bfloats(c * 4, 1, 0), BFLOAT16, 4}, state = {bfloats(8 * c * 3, 1, 0), BFLOAT16, c * 3};
-    Conv conv = {CONV_UPDATE, {x.data, FLOAT32, 300}, taps, {y.data, BFLOAT16, 300}, state, source, target, NULL, b, s, c, 4};
-    run(&conv), report("conv", y.data, (size_t)(b * s * 300) * 2), report("conv state", state.data, (size_t)(8 * c * 3) * 2);
+    Conv conv = {
+        CONV_UPDATE, {x.data, FLOAT32, 300}, taps, {y.data, BFLOAT16, 300}, state, source, target, NULL, b, s, c, 4};
+    run(&conv), report("conv", y.data, (size_t)(b * s * 300) * 2),
+        report("conv state", state.data, (size_t)(8 * c * 3) * 2);
 
     const int64_t nk = 2, nv = 4, dk = 32, dv = 48, width = 2 * nk * dk + nv * dv;
     Rows qkv = {floats(b * s * width), FLOAT32, width}, a = {floats(b * s * nv), FLOAT32, nv};
-    Rows memory = {floats(8 * nv * dv * dk), FLOAT32, nv * dv * dk}, out = {room(b * s * nv * dv * 4), FLOAT32, nv * dv};
-    Delta delta = {DELTA_STEP, qkv, a, a, memory, out, floats(nv), floats(nv), source, target, NULL, b, s, nk, nv, dk, dv,
-                   {0}, {0}, 1e-6, NULL};
+    Rows memory = {floats(8 * nv * dv * dk), FLOAT32, nv * dv * dk},
+         out = {room(b * s * nv * dv * 4), FLOAT32, nv * dv};
+    Delta delta = {DELTA_STEP, qkv, a,  a,  memory, out, floats(nv), floats(nv), source, target, NULL,
+                   b,          s,   nk, nv, dk,     dv,  {0},        {0},        1e-6,   NULL};
     run(&delta), report("delta", out.data, (size_t)(b * s * nv * dv) * 4);
     report("delta state", memory.data, (size_t)(8 * nv * dv * dk) * 4);
 
@@ -118,8 +143,8 @@ static void others(void)
             for (int64_t i = 0; i < 2 * kv * ctx * d; i++) ((uint16_t *)keys)[i] &= 0xBBFF;
         float *scales = dtype == INT8 ? floats(2 * kv * ctx) : NULL, *partial = room(b * s * h * 16 * (d + 2) * 4);
         Rows q = {floats(b * s * h * d), FLOAT32, h * d}, result = {room(b * s * h * d * 4), FLOAT32, h * d};
-        Attention attention = {ATTENTION, q, q, result, d, slots, lengths, b, s, h, kv, d, 16, keys, keys, scales, scales,
-                               dtype, ctx, partial};
+        Attention attention = {ATTENTION, q, q,  result, d,    slots,  lengths, b,     s,   h,
+                               kv,        d, 16, keys,   keys, scales, scales,  dtype, ctx, partial};
         run(&attention), attention.kind = ATTENTION_JOIN, run(&attention);
         char name[32];
         snprintf(name, sizeof name, "attention %d", dtype);

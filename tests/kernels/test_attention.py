@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# Arguments travel as lists here, whose lengths pyright does not know.
 """`attention_decode` and `attention_prefill` in Triton against float64, in the interpreter.
 
 The bound is that of the issue: relative RMS error against float64 no more than 1.5 times that of torch's attention in

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """A decode step as one program, against the same model's operations one by one, dense and with experts, with drafts."""
 
 from dataclasses import replace

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# Arguments travel as lists here, whose lengths pyright does not know.
 """The delta rule of the CPU path against its twin in float64: any cut, any gate, any slot."""
 
 import pytest

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# Arguments travel as lists here, whose lengths pyright does not know.
 """The decode step of the gated delta rule in Triton against float64: 1 to 8 tokens, every slot where it should be."""
 
 import math

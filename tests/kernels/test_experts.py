@@ -9,7 +9,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 from qwenfit.kernels import experts, reference  # noqa: E402
 from qwenfit.kernels.packing import QuantizedWeight, quantize_rtn  # noqa: E402
-from qwenfit.kernels.target import TARGETS  # noqa: E402
+from qwenfit.kernels.target import INTERPRETED, TARGETS  # noqa: E402
 
 EXPERTS, ROWS, COLUMNS = 5, 40, 200
 
@@ -31,11 +31,11 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("counts", ((0, 2, 0, 1, 1), (0, 0, 0, 0, 3), (1, 20, 0, 0, 3)))
+@pytest.mark.parametrize("counts", ((0, 2, 0, 1, 1), (0, 0, 0, 0, 3), (1, 17, 1, 1, 17)))
 @pytest.mark.parametrize("storage", ("int4", "int8", "plain"))
 @pytest.mark.parametrize("path", ("gemv", "tiles", "unpack"))
 def test_errors_stay_within_those_of_the_dtype(path: str, storage: str, counts: tuple[int, ...]) -> None:
-    """1.5 times those of the twin's matrices in bfloat16; experts without rows are skipped."""
+    """1.5 times those of matrices in bfloat16. The last counts need every tile that is launched: 5 + 37 // 16."""
     if path == "gemv" and sum(counts) > 8:
         counts = (1, 3, 0, 0, 1)  # a program per row: minutes in the interpreter
     weight, offsets = stacks(torch.bfloat16)[storage], offsets_of(*counts)
@@ -103,6 +103,15 @@ def test_what_the_kernels_rely_on_is_checked() -> None:
         experts.expert_matmul(x, weight, offsets, "fast")
     with pytest.raises(ValueError, match="has no tiles"):
         experts.expert_matmul(x.float(), weight.float(), offsets, "tiles")
+
+
+def test_rows_of_no_expert_stay_as_they_are() -> None:
+    """So no tile writes beyond its expert's rows: the interpreter would not notice two programs writing one row."""
+    weight, offsets = stacks(torch.bfloat16)["int4"], offsets_of(0, 2, 0, 0, 1)
+    x, out = torch.randn(8, COLUMNS).bfloat16(), torch.full((8, ROWS), 7.0, dtype=torch.bfloat16)
+    experts._multiply_by_tiles(x, weight, offsets, out, INTERPRETED)
+    assert out[3:].eq(7).all()
+    assert torch.equal(out[:3], experts.expert_matmul(x[:3], weight, offsets, "tiles"))
 
 
 def test_every_target_has_cases_to_compile() -> None:

@@ -74,8 +74,8 @@ def test_the_path_of_experts_follows_rows_device_and_type() -> None:
 def test_splits_fill_the_device_and_no_more() -> None:
     """N = K = 4,096 on 132 processors: 64 programs of two warps become 8 times as many, of 4 blocks each."""
     assert splits_for(64, 2, 32, 1, 132) == 8
-    assert splits_for(64, 2, 32, 16, 132) == 4  # 16 rows: sums of more splits would cost a quarter of the codes
-    assert splits_for(4000, 2, 32, 1, 132) == 1
+    assert splits_for(528, 2, 32, 1, 132) == 1
+    assert splits_for(400, 2, 32, 64, 132) == 1  # three quarters of the device; sums would add half of the traffic
     assert splits_for(1, 1, 4, 1, 132) == 1  # nothing below 4 blocks
 
 

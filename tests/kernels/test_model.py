@@ -1,6 +1,6 @@
 """The forward pass: what it does not depend on, what a rounded cache and state cost, and all of it on Triton."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenfit.kernels.configuration import configuration_of
+from qwenfit.kernels.configuration import Configuration, configuration_of
+from qwenfit.kernels.generate import generate
 from qwenfit.kernels.layers import MLP
 from qwenfit.kernels.memory import Settings, allocate
 from qwenfit.kernels.model import Model, decode_step, embed, forward, logits, prefill_step, weight_bytes
-from qwenfit.kernels.operations import REFERENCE
+from qwenfit.kernels.operations import REFERENCE, Operations
 from qwenfit.kernels.packing import QuantizedWeight, dequantize, quantize_rtn
 from qwenfit.kernels.synthetic import random_model
 from qwenfit.profiles.model_catalog import model as catalog_model
@@ -32,7 +33,7 @@ def run(model: Model, chunks: list[int], decoded: int = 0, **told: Any) -> Tenso
     found, start = [], 0
     with torch.inference_mode():
         for number, length in enumerate([*chunks, *[1] * decoded]):
-            part = torch.tensor(TOKENS[start : start + length], device=model.device)
+            part = torch.tensor(TOKENS[start : start + length]) % model.configuration.vocab_size
             if number < len(chunks):
                 step: Any = prefill_step(model, buffers, [0], [start], [length])
             else:
@@ -111,3 +112,67 @@ def test_random_weights_stay_in_bounds() -> None:
             assert isinstance(down, QuantizedWeight) == (bits < 16)
             found = run(model, [30], 2)
             assert torch.isfinite(found).all() and 0.2 < found.std() < 5
+
+
+def triton_operations() -> Operations:
+    """Triton's kernels, which the interpreter runs on CPU tensors (a GPU where there is one: see conftest.py)."""
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    from qwenfit.kernels.triton_path import triton_path
+
+    return triton_path("cpu")
+
+
+def smaller(name: str) -> Configuration:
+    """One layer of each kind, few heads and experts: the interpreter takes milliseconds for a program of a grid."""
+    configuration = configuration_of(catalog_model(str(DATA / f"tiny_{name}.json")))
+    few = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    few |= {"vocab_size": 128, "num_experts": 4 if configuration.is_moe else 0}
+    return replace(configuration, layer_types=("linear_attention", "full_attention"), **few)
+
+
+def widened(value: Any) -> Any:
+    """The same model with every float in float32: what its numbers stand for, computed exactly enough to be the truth.
+    The same model with every float in float32: what its numbers stand for, computed exactly enough to be the truth."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
+    if is_dataclass(value) and not isinstance(value, type | Operations | Configuration):
+        names = (field.name for field in fields(value))
+        return replace(value, **{name: widened(getattr(value, name)) for name in names if name != "dtype"})
+    return value
+
+
+def compare_with_twins(name: str, bits: int, chunks: list[int], decoded: int, **told: Any) -> None:
+    """Logits in bfloat16 on Triton: at most 1.5 times as far from those in float32 as the twins' in bfloat16 are."""
+    model = random_model(smaller(name), bits, group_size=32, operations=REFERENCE)
+    truth = run(replace(widened(model), dtype=torch.float32), chunks, decoded, **told)
+    twin = error_of(run(model, chunks, decoded, **told), truth)
+    found = error_of(run(replace(model, operations=triton_operations()), chunks, decoded, **told), truth)
+    print(f"{name} {bits} bits {told}: Triton {found:.2e}, twins {twin:.2e}")
+    assert found < 1.5 * twin
+
+
+def test_a_whole_model_on_triton() -> None:
+    """int4, a prompt of 70 tokens in two chunks, the second over the border of 64, and a step."""
+    compare_with_twins("qwen3_5", 4, [40, 30], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), [("qwen3_5", 8), ("qwen3_5", 16), ("qwen3_5_moe", 4), ("qwen3_5_moe", 16)])
+def test_more_whole_models_on_triton(name: str, bits: int) -> None:
+    """With an int8 cache and a bfloat16 state."""
+    compare_with_twins(name, bits, [50, 16], 2, kv_dtype="int8", state_dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_drafts_on_triton() -> None:
+    """Float32: prefill of two prompts, drafts and steps of three tokens; the tokens of the twins, and of no drafts."""
+    model = random_model(smaller("qwen3_5"), drafts=1, dtype=torch.float32, operations=REFERENCE)
+    texts = []
+    for operations, drafts in ((REFERENCE, 0), (triton_operations(), 2)):
+        settings = Settings(128, seqs=2, prefill_chunk_tokens=40, drafts=drafts)
+        buffers = allocate(model.configuration, settings, torch.float32, "cpu")
+        prompts = [[token % 128 for token in TOKENS[:45]], [3, 4]]
+        texts.append(generate(replace(model, operations=operations), buffers, prompts, 5, stop_tokens=()).tokens)
+    assert texts[0] == texts[1]
