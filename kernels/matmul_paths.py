@@ -6,14 +6,15 @@ follows. `QWENFIT_MATMUL_PATH` and the argument `path` override them.
 
 gemv or tiles. A device can issue only so many instructions while its memory delivers an int4 weight; where gemv's
 5 to 11 (1 to 4 rows) are within 70 % of that, it is bound by memory, and wins by needing fewer launches (its programs
-are small, so K is rarely split). Elsewhere the tensor cores do it in 2.5. `_ISSUE` is 128 (ROCm: 64) lanes * processors
-* clock / (2 weights per byte * bandwidth), from data sheets, of the device of that target with the least: T4, A100
-80 GB, RTX 3090, RTX 4090, H200, B200, RTX 5090, MI300X, MI355X, RX 7900 XTX, RX 9070 XT.
+are small, so K is rarely split). Elsewhere the tensor cores do it in 2.5. `ISSUE` is float32 FLOP/s / (4 * bandwidth):
+two FLOP per lane and instruction, two weights per byte; doubled where half of the lanes do integers only (sm_75, sm_80),
+halved where the vendor counts two instructions at once (ROCm). It is the median over the catalog's devices of a target.
 
 tiles or unpacking. Unpacking costs 4.5 bytes of traffic per weight (codes in, matrix out and in again); the vendor's
 matmul saves time per row where the tiles are slower. With tiles at 60 % of the vendor's FLOP/s (45 % on sm_100, whose
 listing shows 6 instructions per weight and 128 rows; 25 % on ROCm, whose tiles have 32 rows) the two are even at
-4.5 / bandwidth * FLOP/s / 2 / (1 / share - 1) rows: `_UNPACK_ROWS`, rounded, from the same data sheets.
+4.5 / bandwidth * FLOP/s / 2 / (1 / share - 1) rows: `UNPACK_ROWS`, to the next multiple of 32, from the same devices.
+`tests/kernels/test_matmul_paths.py` computes both tables from the catalog.
 """
 
 import os
@@ -32,30 +33,30 @@ LEAST_SPLIT_BLOCKS = 4
 WARPS_PER_PROCESSOR = 8
 MOST_SPLITS = 16
 
-_ISSUE = {  # instructions of all lanes that the device can issue per int4 weight that its memory delivers
-    "sm_75": 12.7,
-    "sm_80": 4.8,
-    "sm_86": 9.5,
-    "sm_89": 20.5,
-    "sm_90": 3.1,
-    "sm_100": 2.2,
-    "sm_120": 14.6,
-    "gfx942": 3.9,
-    "gfx950": 2.5,
-    "gfx1100": 8.0,
-    "gfx1201": 9.5,
+ISSUE = {  # instructions of all lanes that the device can issue per int4 weight that its memory delivers
+    "sm_75": 10.8,
+    "sm_80": 5.5,
+    "sm_86": 9.4,
+    "sm_89": 18.0,
+    "sm_90": 3.8,
+    "sm_100": 2.4,
+    "sm_120": 12.4,
+    "gfx942": 3.6,
+    "gfx950": 2.4,
+    "gfx1100": 8.5,
+    "gfx1201": 9.4,
 }
-_UNPACK_ROWS = {  # rows of x from which unpacking and the vendor's matmul are estimated to be faster
-    "sm_80": 512,
-    "sm_86": 256,
+UNPACK_ROWS = {  # rows of x from which unpacking and the vendor's matmul are estimated to be faster
+    "sm_80": 608,
+    "sm_86": 288,
     "sm_89": 512,
-    "sm_90": 1024,
-    "sm_100": 512,
-    "sm_120": 384,
-    "gfx942": 192,
-    "gfx950": 192,
+    "sm_90": 704,
+    "sm_100": 544,
+    "sm_120": 352,
+    "gfx942": 160,
+    "gfx950": 224,
     "gfx1100": 96,
-    "gfx1201": 96,
+    "gfx1201": 224,
 }
 _GEMV_INSTRUCTIONS = (5.0, 6.5, 9.0, 11.0)  # per weight, with 1, 2, 3 and 4 rows
 _ISSUE_SHARE = 0.7
@@ -106,9 +107,9 @@ def _estimated_path(target: Target, dtype: torch.dtype, rows: int) -> tuple[str,
         return "unpack", f"{why}, and {rows} rows are many: the weight is unpacked for the vendor's matmul"
     if rows <= GEMV_ROWS and gemv_is_bound_by_memory(target, rows):
         return "gemv", f"estimated: {target.name} issues gemv's instructions faster than its memory delivers weights"
-    if rows < _UNPACK_ROWS[target.name]:
-        return "tiles", f"estimated: fewer than {_UNPACK_ROWS[target.name]} rows do not pay for unpacking the weight"
-    return "unpack", f"estimated: from {_UNPACK_ROWS[target.name]} rows on unpacking and the vendor's matmul are faster"
+    if rows < UNPACK_ROWS[target.name]:
+        return "tiles", f"estimated: fewer than {UNPACK_ROWS[target.name]} rows do not pay for unpacking the weight"
+    return "unpack", f"estimated: from {UNPACK_ROWS[target.name]} rows on unpacking and the vendor's matmul are faster"
 
 
 def choose_expert_path(target: Target, dtype: torch.dtype, rows: int, experts: int) -> tuple[str, str]:
@@ -125,7 +126,7 @@ def choose_expert_path(target: Target, dtype: torch.dtype, rows: int, experts: i
 
 def gemv_is_bound_by_memory(target: Target, rows: int) -> bool:
     """By the estimate above; 1 to 4 rows."""
-    return _GEMV_INSTRUCTIONS[rows - 1] <= _ISSUE_SHARE * _ISSUE[target.name]
+    return _GEMV_INSTRUCTIONS[rows - 1] <= _ISSUE_SHARE * ISSUE[target.name]
 
 
 def gemv_configuration(rows: int, bits: int) -> GemvConfiguration:

@@ -40,10 +40,16 @@ def rms_error(y: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_good_as_torch(y: Tensor, x: Tensor, matrix: Tensor) -> None:
-    """Relative RMS error against float64 no more than 1.5 times that of torch's own matmul in x's dtype."""
+    """Relative RMS error against float64 no more than 1.5 times that of torch's own matmul in x's dtype.
+
+    Of a few outputs torch may happen to hit one closely that lost its leading digits, so an allowance of half a float32
+    ulp of the summed magnitudes is made, which fades with the number of outputs.
+    """
     exact = x.double() @ matrix.T
     theirs = rms_error(torch.nn.functional.linear(x, matrix.to(x.dtype)), exact)
-    assert rms_error(y, exact) <= 1.5 * theirs + 1e-7, (rms_error(y, exact), theirs)
+    lost_digits = ((x.double().abs() @ matrix.abs().T).norm() / exact.norm().clamp_min(1e-30)).item()
+    luck = 2**-24 * lost_digits / exact.numel() ** 0.5
+    assert rms_error(y, exact) <= 1.5 * theirs + 1e-7 + luck, (rms_error(y, exact), theirs, luck)
 
 
 @in_c

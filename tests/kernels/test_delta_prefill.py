@@ -241,7 +241,7 @@ def test_what_the_workspace_holds_does_not_matter() -> None:
     assert torch.equal(again, state) and torch.equal(workspace[needed_bytes:], tail)
     with pytest.raises(ValueError, match=rf"the workspace has {needed_bytes - 1} bytes on .*: give {needed_bytes}"):
         gated_delta_rule_prefill(*given_inputs, again, *where, workspace=workspace[: needed_bytes - 1])
-    with pytest.raises(ValueError, match="the workspace is torch.float32"):
+    with pytest.raises(ValueError, match=r"the workspace is torch.float32"):
         gated_delta_rule_prefill(*given_inputs, again, *where, workspace=workspace[:1024].view(torch.float32))
 
 

@@ -1,9 +1,13 @@
 """Which kernel multiplies: the borders that the table states, and the sentences that say why."""
 
+from statistics import median
+
 import pytest
 import torch
 
 from qwenfit.kernels.matmul_paths import (
+    ISSUE,
+    UNPACK_ROWS,
     choose_expert_path,
     choose_path,
     gemv_configuration,
@@ -11,7 +15,8 @@ from qwenfit.kernels.matmul_paths import (
     splits_for,
     tile_configuration,
 )
-from qwenfit.kernels.target import TARGETS, target
+from qwenfit.kernels.target import TARGETS, Target, target
+from qwenfit.profiles import devices
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +30,14 @@ def no_path_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sm_75", 1, "gemv"),
         ("sm_75", 16, "gemv"),
         ("sm_75", 17, "unpack"),
-        ("sm_80", 1, "tiles"),  # gemv's 5 instructions per weight against the 4.8 that an A100 80 GB can issue
-        ("sm_86", 1, "gemv"),
+        ("sm_80", 1, "tiles"),  # gemv's 5 instructions per weight against 70 % of the 5.5 that it can issue
+        ("sm_86", 2, "gemv"),
+        ("sm_86", 3, "tiles"),
         ("sm_89", 4, "gemv"),
         ("sm_89", 5, "tiles"),
         ("sm_90", 1, "tiles"),
-        ("sm_90", 1023, "tiles"),
-        ("sm_90", 1024, "unpack"),
+        ("sm_90", 703, "tiles"),
+        ("sm_90", 704, "unpack"),
         ("gfx942", 1, "tiles"),
         ("gfx1100", 1, "gemv"),
         ("gfx1100", 96, "unpack"),
@@ -41,6 +47,21 @@ def test_the_borders_of_the_table(where: str, rows: int, path: str) -> None:
     chosen, reason = choose_path(target(where), torch.float16, rows)
     assert chosen == path
     assert reason and not reason.endswith(".")
+
+
+@pytest.mark.parametrize("where", TARGETS, ids=lambda where: where.name)
+def test_the_tables_are_those_of_the_catalog(where: Target) -> None:
+    """Medians over the devices that `profiles/*.yaml` has of a target, by the formulas in the module's docstring."""
+    capability = f"{where.capability / 10}" if where.backend == "cuda" else where.name
+    those = [device for device in devices() if device.compute_capability == capability and device.kind == "discrete"]
+    counted = 2.0 if where.name in ("sm_75", "sm_80") else 0.5 if where.backend == "hip" else 1.0
+    issue = median(counted * d.flops_per_s["fp32"] / (4 * d.memory_bandwidth_bytes_per_s) for d in those)
+    assert ISSUE[where.name] == pytest.approx(issue, abs=0.06)
+    if where.matrix_instruction is None:
+        return
+    share = 0.45 if where.name == "sm_100" else 0.25 if where.backend == "hip" else 0.6
+    balance = median(d.flops_per_s["bf16"] / d.memory_bandwidth_bytes_per_s for d in those if "bf16" in d.flops_per_s)
+    assert UNPACK_ROWS[where.name] == 32 * round(4.5 * balance / 2 / (1 / share - 1) / 32)
 
 
 def test_turing_says_why() -> None:
