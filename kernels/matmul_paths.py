@@ -7,8 +7,9 @@ follows. `QWENFIT_MATMUL_PATH` and the argument `path` override them.
 gemv or tiles. A device can issue only so many instructions while its memory delivers an int4 weight; where gemv's
 5 to 11 (1 to 4 rows) are within 70 % of that, it is bound by memory, and wins by needing fewer launches (its programs
 are small, so K is rarely split). Elsewhere the tensor cores do it in 2.5. `ISSUE` is float32 FLOP/s / (4 * bandwidth):
-two FLOP per lane and instruction, two weights per byte; doubled where half of the lanes do integers only (sm_75, sm_80),
-halved where the vendor counts two instructions at once (ROCm). It is the median over the catalog's devices of a target.
+two FLOP per lane and instruction, two weights per byte; doubled where half of the lanes do integers only (sm_75,
+sm_80), halved where the vendor counts two instructions at once (ROCm). It is the median over the catalog's devices of a
+target.
 
 tiles or unpacking. Unpacking costs 4.5 bytes of traffic per weight (codes in, matrix out and in again); the vendor's
 matmul saves time per row where the tiles are slower. With tiles at 60 % of the vendor's FLOP/s (45 % on sm_100, whose
