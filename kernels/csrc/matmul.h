@@ -3,14 +3,14 @@
  * A task is 32 rows of W. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie in memory:
  *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot
  *     products per activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation);
- *     a sum over lanes per row. About 6 + 6 instructions per 64 bytes, where memory takes as long as 25: the read
- *     bandwidth is the limit. A row's result does not depend on how many rows there are (a draft is checked by the
- *     same sums that decode without drafts).
+ *     a sum over lanes per row. About 6 + 6 instructions per 64 bytes, where memory takes as long as 25 would:
+ *     meant to be limited by the read bandwidth; docs/cpu.md has what it reaches. A row's result does not depend
+ *     on how many rows there are (a draft is checked by the same sums that decode without drafts).
  * More go through a tile:
- *     32 rows x 128 columns are unpacked and transposed once into int16 pairs (8 KiB, stays in L1); lanes are rows of
- *     W, an activation pair is broadcast from memory; GEMM_TOKENS x GEMM_VECTORS sums stay in registers; per group one
- *     conversion and multiply-add into float sums [rows of x][32] (L2). Unpacking costs about a quarter of the products
- *     of 16 rows. 240 of the 307 GFLOP/s that a Cascade Lake core at 2.4 GHz has in int16.
+ *     32 rows x 128 columns are unpacked and transposed once into int16 pairs (8 KiB, stays in L1); lanes are rows
+ *     of W, an activation pair is broadcast from memory; GEMM_TOKENS x GEMM_VECTORS sums stay in registers; per
+ *     group one conversion and multiply-add into float sums [rows of x][32] (L2). Unpacking costs about a quarter
+ *     of the products of 16 rows.
  * Zero points are subtracted as integers (sums of the activations' words times zero), so nothing cancels in floats.
  * Largest sum: int8 code 128 * 32768 * 128 columns = 2^29. */
 #pragma once
@@ -57,9 +57,8 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, c
 {
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
     const int64_t row_bytes = blocks * block_bytes;
-    /* Rows to come are asked for by hand; at one panel per row the second of a pair is better left to the hardware
-     * (Cascade Lake: 84 % of the read bandwidth against 70 %; longer rows 82 against 69, shorter 73 against 67, one
-     * thread). */
+    /* Rows to come are asked for by hand; where a row is one panel only the first of a pair, which was the faster of
+     * both in tuning on a busy Cascade Lake. Not settled: measure again on a quiet machine before relying on it. */
     const int by_hand = blocks == PANEL_BLOCKS ? 1 : pair;
     for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
     for (int64_t panel = 0; panel < blocks; panel += PANEL_BLOCKS) {
