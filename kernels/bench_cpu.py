@@ -21,14 +21,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .cpu_attention import attention_decode
-from .cpu_delta import gated_delta_rule_prefill, gated_delta_rule_step
-from .cpu_library import CpuLibrary, cpu_library
-from .cpu_matmul import add_matmul, add_round, dense_linear, quantized_matrix
-from .cpu_operations import Program, operation
-from .cpu_packed import packed_matmul
-from .kv_cache import allocate_kv_cache
-from .packing import QuantizedWeight, pack_int4
+from .cpu.attention import attention_decode
+from .cpu.delta import gated_delta_rule_prefill, gated_delta_rule_step
+from .cpu.library import CpuLibrary, cpu_library
+from .cpu.matmul import add_matmul, add_round, dense_linear, quantized_matrix
+from .cpu.operations import Program, operation
+from .cpu.packed import packed_matmul
+from .layout.kv_cache import allocate_kv_cache
+from .layout.packing import QuantizedWeight, pack_int4
 
 LARGEST_CACHE_BYTES = 128 << 20
 SHAPES = (
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for threads in options.threads:
         torch.set_num_threads(threads)
         if options.model:
-            from .bench_cpu_model import compare
+            from .proof.bench_cpu_model import compare
 
             rows += compare(options, threads)
         else:

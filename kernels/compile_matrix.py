@@ -7,8 +7,8 @@
     python -m qwenfit.kernels.compile_matrix --write            the golden file anew (read its diff)
 
 A kernel takes part by `compile_cases(target)` in its module, made by the same function that configures its launch, and
-by a line in `MODULES`. `budget.py` says what is asked of it. The figures of the golden file belong to the version of
-Triton that it names; under another one only the absolute budgets are checked.
+by a line in `MODULES`. `proof/budget.py` says what is asked of it. The figures of the golden file belong to the version
+of Triton that it names; under another one only the absolute budgets are checked.
 
 Every case is compiled in a process of its own (a fork: Triton and the kernels are imported once), so that LLVM may
 abort and ptxas may hang without taking the table along: a row then says so. Triton's cache (TRITON_CACHE_DIR) makes a
@@ -27,10 +27,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .budget import Row, by_width, counts, violations
-from .compile_case import CompileCase
-from .machine_code import MachineCode, compile_kernel
-from .target import TARGETS, Target, target
+from .gpu.compile_case import CompileCase
+from .gpu.target import TARGETS, Target, target
+from .proof.budget import Row, by_width, counts, violations
+from .proof.machine_code import MachineCode, compile_kernel
 
 MODULES = (
     "attention_decode",
@@ -61,7 +61,7 @@ def collect(targets: Iterable[Target], kernels: Sequence[str] = (), modules: Seq
     targets = tuple(targets)
     found: dict[tuple[str, int], Pair] = {}
     for name in modules:
-        compile_cases = importlib.import_module(f".{name}", __package__).compile_cases
+        compile_cases = importlib.import_module(f".gpu.{name}", __package__).compile_cases
         for at, where in enumerate(targets):
             for case in compile_cases(where):
                 if (case.name, at) in found:

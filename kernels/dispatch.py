@@ -58,7 +58,7 @@ def choose(
     if dtype == torch.float64:
         return Choice("reference", "float64 is for measuring errors: the twins in plain torch compute it")
     if device.type == "cpu":
-        from .cpu_library import cpu_library
+        from .cpu.library import cpu_library
 
         library = cpu_library()
         return Choice(library.path, library.reason)
@@ -77,11 +77,11 @@ def choose_of_triton(
     """The same on the Triton path; a CPU stands for the interpreter there."""
     if importlib.util.find_spec("triton") is None:
         return Choice("reference", "Triton is not installed (pip install triton): the twins in plain torch")
-    from .target import target_of
+    from .gpu.target import target_of
 
     where = target_of(device)
     if operation in MATMULS:
-        from .matmul_paths import choose_expert_path, choose_path
+        from .gpu.matmul_paths import choose_expert_path, choose_path
 
         if operation == "expert_matmul":
             return Choice(*choose_expert_path(where, dtype, rows, experts))

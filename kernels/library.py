@@ -1,13 +1,13 @@
 """The operations as torch's own, `torch.ops.qwenfit.*`: they can be compiled around, traced and captured.
 
 Each has a schema that says which tensors it changes in place (caches and recurrent states), an implementation per
-device (CUDA and ROCm: the Triton hosts; CPU: the C kernels or torch, `cpu_library.py`) and a fake one that knows shapes
+device (CUDA and ROCm: the Triton hosts; CPU: the C kernels or torch, `cpu/library.py`) and a fake one that knows shapes
 only. A quantized weight travels as its tensors and four integers. The functions below have the signatures of the twins
 and unpack such values; `library_operations` is all of them, for a model that is to be compiled.
 
 A call takes 5 CPU microseconds more than the function behind it, and 11 with a quantized weight (15 as a
-`torch.library.custom_op`; tests/bench/operation_calls.py). A model that runs eagerly takes `triton_path.py` or
-`cpu_path.py` and spares them; behind a compiler or in a graph they are not spent again.
+`torch.library.custom_op`; tests/bench/operation_calls.py). A model that runs eagerly takes `gpu/path.py` or
+`cpu/path.py` and spares them; behind a compiler or in a graph they are not spent again.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kv_cache import KVCache
+from .layout.kv_cache import KVCache
+from .layout.packing import QuantizedWeight
 from .operations import Operations
-from .packing import QuantizedWeight
 
 _LIBRARY = torch.library.Library("qwenfit", "DEF")
 _WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? order, int bits, int group_size, int rows, int columns"
@@ -49,13 +49,13 @@ SCHEMAS = {
 def hosts(device_type: str) -> Mapping[str, Callable[..., Any]]:
     """The functions that compute on a device, by the names of SCHEMAS; imported when they are first needed."""
     if device_type == "cuda":
-        from .matmul import quantized_matmul
-        from .triton_path import triton_path
+        from .gpu.matmul import quantized_matmul
+        from .gpu.path import triton_path
 
         operations = triton_path(torch.device("cuda"))
     else:
-        from .cpu_matmul import quantized_matmul
-        from .cpu_path import cpu_path
+        from .cpu.matmul import quantized_matmul
+        from .cpu.path import cpu_path
 
         operations = cpu_path()
     by_name = {name: getattr(operations, name) for name in SCHEMAS if hasattr(operations, name)}

@@ -1,7 +1,7 @@
 """The operations that the model is built on, as one value per device: the twins, Triton, or the CPU path.
 
 A model calls `operations.rms_norm(...)` and does not know who answers. What each computes, with shapes and dtypes,
-stands at its twin in `reference.py`, `reference_delta.py` and `reference_attention.py`.
+stands at its twin in `reference/dense.py`, `reference/delta.py` and `reference/attention.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference, reference_attention, reference_delta
-from .packing import QuantizedWeight
+from .layout.packing import QuantizedWeight
+from .reference import attention as reference_attention
+from .reference import delta as reference_delta
+from .reference import dense as reference
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,9 +71,9 @@ REFERENCE = Operations(
 def operations_for(device: torch.device | str) -> Operations:
     """The operations for a device: Triton's on CUDA and ROCm, those of the CPU path on a CPU."""
     if torch.device(device).type == "cuda":
-        from .triton_path import triton_path
+        from .gpu.path import triton_path
 
         return triton_path(device)
-    from .cpu_path import cpu_path
+    from .cpu.path import cpu_path
 
     return cpu_path()

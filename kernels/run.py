@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from ..profiles.checkpoint import read_folder
-from .generate import Generation, generate
-from .loading import load
-from .memory import (
+from .runtime.generate import Generation, generate
+from .runtime.loading import load
+from .runtime.memory import (
     CPU_CHUNK_TOKENS,
     GPU_CHUNK_TOKENS,
     Settings,
@@ -41,10 +41,10 @@ from .memory import (
     reserve_scratch,
     state_bytes,
 )
-from .model import weight_bytes
-from .process_memory import peak_bytes, restart_peak, used_bytes
-from .sampling import Sampling
-from .synthetic import synthetic
+from .runtime.model import weight_bytes
+from .runtime.process_memory import peak_bytes, restart_peak, used_bytes
+from .runtime.sampling import Sampling
+from .runtime.synthetic import synthetic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RANDOM_BITS = {"int4": 4, "int8": 8, "bf16": 16}

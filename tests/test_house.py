@@ -18,6 +18,16 @@ FLOORS = {
     "quant": {"profiles", "kernels", "planner"},
     "cli": {"profiles", "kernels", "planner", "quant"},
 }
+# Inside kernels: what is stored, what is true, what is fast, what runs, what proves it. `cpu` makes one program of a
+# whole step of the runtime's model, so it stands above; only `operations.py` reaches up to it, inside a function.
+KERNEL_FLOORS = {
+    "layout": set(),
+    "reference": {"layout"},
+    "gpu": {"layout"},
+    "runtime": {"layout", "reference"},
+    "cpu": {"layout", "reference", "runtime"},
+    "proof": {"layout", "reference", "gpu", "runtime", "cpu"},
+}
 HEAVY = {"torch", "triton", "numpy", "safetensors", "transformers"}  # only kernels and quant may know them
 EDGE = {"typer", "pydantic", "yaml", "pynvml"}  # only behind a function that needs them
 # `re` and `inspect` come with dataclasses; these would come with nothing that a plain answer needs.
@@ -61,6 +71,16 @@ def test_imports_go_down_only(room: str) -> None:
             assert first not in FLOORS, f"{file} imports {name}: write it as a relative import"
             if first == "qwenfit" and rest:
                 assert rest[0] in FLOORS[room] | {room}, f"{file} imports {name}: {room} stands below {rest[0]}"
+
+
+@pytest.mark.parametrize("room", KERNEL_FLOORS)
+def test_imports_inside_kernels_go_down_only(room: str) -> None:
+    assert set(KERNEL_FLOORS) == {folder.name for folder in (ROOT / "kernels").iterdir() if any(folder.glob("*.py"))}
+    for file in sources(f"kernels/{room}"):
+        for name, at_once in imports(file):
+            first, *rest = name.split(".")
+            if at_once and first == "qwenfit" and rest[:1] == ["kernels"] and rest[1] in KERNEL_FLOORS:
+                assert rest[1] in KERNEL_FLOORS[room] | {room}, f"{file} imports {name}: {room} stands below {rest[1]}"
 
 
 @pytest.mark.parametrize("room", FLOORS)

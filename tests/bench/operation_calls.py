@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenfit.kernels import library
-from qwenfit.kernels.packing import QuantizedWeight, quantize_rtn
+from qwenfit.kernels.layout.packing import QuantizedWeight, quantize_rtn
 
 CALLS, REPEATS = 2000, 9
 

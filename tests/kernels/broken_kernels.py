@@ -9,10 +9,10 @@ import os
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.budget import violations
-from qwenfit.kernels.compile_case import CompileCase
 from qwenfit.kernels.compile_matrix import compile_all
-from qwenfit.kernels.target import target
+from qwenfit.kernels.gpu.compile_case import CompileCase
+from qwenfit.kernels.gpu.target import target
+from qwenfit.kernels.proof.budget import violations
 
 
 @triton.jit

@@ -16,46 +16,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the kernels need torch: pip install 'qwenfit[quant]'")
 
-# Written, and not yet seen green as a whole on this tree: `pytest tests/kernels/<file>` runs one of them by name after
-# its line is taken out here. The list goes when the kernels' issue does.
-collect_ignore = [
-    "test_attention.py",
-    "test_budget.py",
-    "test_code_values.py",
-    "test_compile_matrix.py",
-    "test_configuration.py",
-    "test_conv.py",
-    "test_cpu_attention.py",
-    "test_cpu_decode.py",
-    "test_cpu_delta.py",
-    "test_cpu_instruction_sets.py",
-    "test_cpu_library.py",
-    "test_cpu_matmul.py",
-    "test_cpu_norm.py",
-    "test_delta_decode.py",
-    "test_delta_prefill.py",
-    "test_dispatch.py",
-    "test_experts.py",
-    "test_generate.py",
-    "test_kv_cache.py",
-    "test_kv_store.py",
-    "test_library.py",
-    "test_loading.py",
-    "test_machine_code.py",
-    "test_matmul.py",
-    "test_matmul_paths.py",
-    "test_memory.py",
-    "test_model.py",
-    "test_norm.py",
-    "test_rope.py",
-    "test_rows.py",
-    "test_run.py",
-    "test_sampling.py",
-    "test_sequences.py",
-    "test_speculation.py",
-    "test_triton_path.py",
-]
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by @triton.jit when a kernel's module is imported
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes this default

@@ -15,7 +15,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 from qwenfit.kernels import compile_matrix  # noqa: E402
-from qwenfit.kernels.target import TARGETS, target  # noqa: E402
+from qwenfit.kernels.gpu.target import TARGETS, target  # noqa: E402
 
 
 def run(*command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

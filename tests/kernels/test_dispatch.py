@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwenfit.kernels import dispatch, target
+from qwenfit.kernels import dispatch
 from qwenfit.kernels.dispatch import OPERATIONS, Choice, choose
+from qwenfit.kernels.gpu import target
 from qwenfit.kernels.operations import Operations
 
 

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenfit.kernels import library, reference, reference_attention, reference_delta
-from qwenfit.kernels.kv_cache import KVCache, allocate_kv_cache
-from qwenfit.kernels.packing import quantize_rtn
+from qwenfit.kernels import library
+from qwenfit.kernels.layout.kv_cache import KVCache, allocate_kv_cache
+from qwenfit.kernels.layout.packing import quantize_rtn
+from qwenfit.kernels.reference import attention as reference_attention
+from qwenfit.kernels.reference import delta as reference_delta
+from qwenfit.kernels.reference import dense as reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 

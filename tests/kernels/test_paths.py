@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenfit.kernels.cpu_path import cpu_path
-from qwenfit.kernels.kv_cache import KVCache
+from qwenfit.kernels.cpu.path import cpu_path
+from qwenfit.kernels.layout.kv_cache import KVCache
+from qwenfit.kernels.layout.packing import quantize_rtn
 from qwenfit.kernels.operations import REFERENCE, Operations
-from qwenfit.kernels.packing import quantize_rtn
 
 DTYPES = {torch.bfloat16: 2**-9, torch.float32: 2e-7}  # and half a unit in the last place, or some sums of float32
 
 
 def triton_operations() -> Operations:
     pytest.importorskip("triton", reason="Triton exists for Linux only")
-    from qwenfit.kernels.triton_path import triton_path
+    from qwenfit.kernels.gpu.path import triton_path
 
     return triton_path("cpu")
 

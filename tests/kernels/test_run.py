@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from qwenfit.kernels import run
-from qwenfit.kernels.generate import generate
-from qwenfit.kernels.loading import load
-from qwenfit.kernels.memory import Settings, allocate
+from qwenfit.kernels.runtime.generate import generate
+from qwenfit.kernels.runtime.loading import load
+from qwenfit.kernels.runtime.memory import Settings, allocate
 from qwenfit.profiles.model_catalog import model as catalog_model
 
 DATA = Path(__file__).parent.parent / "data"
@@ -71,7 +71,7 @@ def test_a_process_of_its_own(folder: str) -> None:
     assert memory["peak"]["allocated"] > 50e6
     assert report["speed"]["decode_tokens"] == 8 and report["speed"]["drafted"] > 0
     assert report["speed"]["prefill_tokens_per_s"] > 0 < report["speed"]["decode_tokens_per_s"]
-    assert all(": " in reason for reason in report["operations"].values()) and report["operations"]
+    assert report["operations"]["matmul"].startswith(("C kernels", "torch packed matmul"))
 
 
 def test_tokens_are_those_of_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

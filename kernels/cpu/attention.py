@@ -1,0 +1,139 @@
+"""Attention on the CPU: the cache is written and read in C (csrc/attention.h); a prompt's chunk attends by matmuls.
+
+Signatures and meaning are those of `reference/attention.py`. Decoding never goes through scaled_dot_product_attention,
+which takes nine times as long as two matmuls for one query (torch 2.13, bfloat16, 32,768 tokens); in C the keys and
+values are read once for all query heads that share them, which is what memory allows.
+"""
+
+import torch
+from torch import Tensor
+
+from ..layout.kv_cache import KVCache
+from ..reference import attention as reference_attention
+from .norm import c_library
+from .operations import DTYPES, Program, Rows, operation, pointer, rows_of
+
+SPLITS = 16
+QUERY_ROWS = 64  # queries of a chunk that attend together: scores of [heads, QUERY_ROWS, context] in float32 at a time
+
+
+def store_kv(cache: KVCache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """Keys and values [T, KV, D] into the cache at positions[t] of sequence slots[t]; int8: codes, a scale per head."""
+    library = c_library(keys, values)
+    tokens, kv_heads, size = keys.shape
+    if library is None or size % 16 or size > 512:
+        reference_attention.store_kv(cache, keys, values, slots, positions)
+        return
+    keys, values = (_heads_together(x) for x in (keys, values))
+    slots, positions = (index.to(torch.int32).contiguous() for index in (slots, positions))
+    store = operation(
+        "ROPE_STORE",
+        k=_token_rows(keys),
+        v=_token_rows(values),
+        slots=pointer(slots),
+        positions=pointer(positions),
+        tokens=tokens,
+        kv_heads=kv_heads,
+        head_dim=size,
+        **cache_fields(cache),
+    )
+    program = Program(library)
+    program.add(store, keys, values, slots, positions, cache)
+    program.run()
+
+
+def attention_decode(q: Tensor, gate: Tensor, cache: KVCache, slots: Tensor, lengths: Tensor) -> Tensor:
+    """S new tokens of each of B sequences: q, gate [B, S, H, D] -> [B, S, H D]; lengths [B]: tokens before these S."""
+    library = c_library(q, gate)
+    batch, steps, heads, size = q.shape
+    if library is None or size % 16 or size > 512 or cache.keys.dtype not in DTYPES:
+        return reference_attention.attention_decode(q, gate, cache, slots, lengths)
+    q, gate = (x.reshape(batch * steps, heads * size) for x in (q, gate))
+    y = torch.empty(batch * steps, heads * size, dtype=q.dtype)
+    slots, lengths = (index.to(torch.int32).contiguous() for index in (slots, lengths))
+    partial = torch.empty(batch * steps * heads * SPLITS * (size + 2), dtype=torch.float32)
+    program = Program(library)
+    for kind in ("ATTENTION", "ATTENTION_JOIN"):
+        attention = operation(
+            kind,
+            q=rows_of(q),
+            gate=rows_of(gate),
+            y=rows_of(y),
+            gate_head_stride=size,
+            slots=pointer(slots),
+            lengths=pointer(lengths),
+            sequences=batch,
+            steps=steps,
+            heads=heads,
+            kv_heads=cache.keys.shape[1],
+            head_dim=size,
+            splits=SPLITS,
+            partial=pointer(partial),
+            **cache_fields(cache),
+        )
+        program.add(attention, q, gate, y, slots, lengths, cache, partial)
+    program.run()
+    return y.view(batch, steps, heads * size)
+
+
+def attention_prefill(
+    q: Tensor, gate: Tensor, cache: KVCache, slots: Tensor, cu_seqlens: Tensor, starts: Tensor
+) -> Tensor:
+    """Chunks of several sequences, keys stored already: q, gate [T, H, D] -> [T, H D]; float32 (or float64) throughout.
+    Chunks of several sequences, keys stored already: q, gate [T, H, D] -> [T, H D]; float32 (or float64) throughout."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    result = torch.empty(q.shape, dtype=q.dtype)
+    bounds = cu_seqlens.tolist()
+    for slot, start, first, last in zip(slots.tolist(), starts.tolist(), bounds, bounds[1:], strict=False):
+        keys, values = (_cached(x, s, slot, start + last - first, wide) for x, s in _cache_pairs(cache))
+        for begin in range(first, last, QUERY_ROWS):
+            rows = slice(begin, min(begin + QUERY_ROWS, last))
+            seen = start + rows.stop - first
+            part = _attend(q[rows].to(wide), keys[:, :seen], values[:, :seen], start + begin - first)
+            result[rows] = (part * gate[rows].to(wide).sigmoid()).to(q.dtype)
+    return result.flatten(-2)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """q [n, H, D] at positions start .. start + n - 1 over keys, values [KV, start + n, D] -> [n, H, D]."""
+    tokens, heads, size = q.shape
+    kv_heads = keys.shape[0]
+    # Query heads that share a key head become rows of one matmul.
+    grouped = q.view(tokens, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+    scores = torch.bmm(grouped * size**-0.5, keys.mT).view(kv_heads, heads // kv_heads, tokens, -1)
+    unseen = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    scores[..., start:].masked_fill_(unseen, float("-inf"))
+    weights = scores.softmax(-1).view(kv_heads, -1, scores.shape[-1])
+    mixed = torch.bmm(weights, values).view(kv_heads, heads // kv_heads, tokens, size)
+    return mixed.permute(2, 0, 1, 3).reshape(tokens, heads, size)
+
+
+def _cache_pairs(cache: KVCache) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
+
+
+def _cached(stored: Tensor, scales: Tensor | None, slot: int, tokens: int, dtype: torch.dtype) -> Tensor:
+    rows = stored[slot, :, :tokens].to(dtype)
+    return rows if scales is None else rows.mul_(scales[slot, :, :tokens, None])
+
+
+def cache_fields(cache: KVCache) -> dict[str, int | None]:
+    """The cache as the structures name it."""
+    return {
+        "keys": pointer(cache.keys),
+        "values": pointer(cache.values),
+        "key_scales": pointer(cache.key_scales),
+        "value_scales": pointer(cache.value_scales),
+        "cache_dtype": DTYPES[cache.keys.dtype],
+        "cache_tokens": cache.keys.shape[2],
+    }
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """[T, heads, D] whose heads follow each other within a token."""
+    together = x.stride(-1) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if together else x.contiguous()
+
+
+def _token_rows(x: Tensor) -> Rows:
+    return Rows(x.data_ptr(), DTYPES[x.dtype], x.stride(0))

@@ -1,0 +1,226 @@
+"""Matmuls on the CPU: `quantized_matmul`, `expert_matmul` and `dense_linear`, with the signatures of
+`reference/dense.py`.
+
+Activations are turned into int16 with one power of two per 128 columns (csrc/activations.h), products and sums of a
+block are exact integers (csrc/matmul.h), so the only errors are that rounding and float32 sums over the groups.
+Relative RMS error of the result before it is rounded to x's dtype (1024 columns, int4; with outliers: every 97th
+feature 300 times larger), beside torch's matmul in that dtype, rounding of the result included:
+
+    x bfloat16    one plane of int16      4e-6, with outliers 1.5e-4      2.8e-3
+    x float16     one plane               1.1e-5, with outliers 1.5e-4    3.5e-4
+    x float32     two planes, 30 bits     8e-8, with outliers 8e-8        1.5e-7
+
+An input that is infinite or not a number makes its whole row of the result not a number. Nothing here rounds
+activations to int8. AVX512-BF16 is not used where it exists: it multiplies as many pairs per instruction as VNNI's
+int16 and needs the same unpacking, but sums in float32; int16 keeps every bit of a bfloat16 within 1/128 of the
+largest of its block, and sums exactly.
+
+Without the C library: aten's packed matmuls (`packed.py`), bfloat16 inside, or dequantize and F.linear.
+"""
+
+import ctypes
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout.packing import QuantizedWeight
+from .library import CpuLibrary, cpu_library
+from .operations import (
+    BLOCK,
+    DTYPES,
+    Matrix,
+    Program,
+    Rounded,
+    Rows,
+    address,
+    operation,
+    pointer,
+    rounded_rows,
+    rows_of,
+)
+from .packed import packed_expert_matmul, packed_matmul
+
+DENSE_ROWS = 8  # up to here a matrix of floats is read by our own gemv; above, F.linear is faster
+
+
+def quantized_matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
+    library = cpu_library()
+    if x.shape[-1] != weight.columns:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight reads {weight.columns}: check which layer this is")
+    if weight.codes.dim() != 2:
+        raise ValueError("a stack of experts needs expert_matmul with the rows of each expert")
+    if library.path == "torch":
+        return packed_matmul(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _multiply(library, rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def expert_matmul(x: Tensor, weight: QuantizedWeight | Tensor, offsets: Tensor) -> Tensor:
+    """x [R, K] sorted by expert; rows offsets[e] .. offsets[e + 1] - 1 times expert e of the stack [E, N, K]: [R, N].
+    x [R, K] sorted by expert; rows offsets[e] .. offsets[e + 1] - 1 times expert e of the stack [E, N, K]: [R, N]."""
+    library = cpu_library()
+    if isinstance(weight, Tensor):
+        return _dense_experts(x, weight, offsets)
+    if x.shape[-1] != weight.columns:
+        raise ValueError(f"x has {x.shape[-1]} features, the experts read {weight.columns}: check which layer this is")
+    if offsets.numel() != weight.codes.shape[0] + 1:
+        raise ValueError(
+            f"{weight.codes.shape[0]} experts need {weight.codes.shape[0] + 1} offsets, not {offsets.numel()}"
+        )
+    if library.path == "torch":
+        return packed_expert_matmul(x, weight, offsets)
+    return _multiply(library, x, weight, None, offsets.to(torch.int32).contiguous())
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times a matrix of floats [N, K]: [..., N] in x's dtype. Few rows are read at memory speed
+    (csrc/dense.h)."""
+    library = cpu_library()
+    rows = x.reshape(-1, x.shape[-1])
+    if library.path == "torch" or rows.shape[0] > DENSE_ROWS or x.dtype not in DTYPES or not weight.is_contiguous():
+        return torch.nn.functional.linear(x, weight)
+    floats = rows.float().contiguous()
+    y = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype)
+    program = Program(library)
+    add_matmul(program, [dense_matrix(weight, y)], rows.shape[0], floats=rows_of(floats))
+    program.run()
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _dense_experts(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    bounds = offsets.tolist()
+    for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if last > first:
+            y[first:last] = dense_linear(x[first:last], weight[expert])
+    return y
+
+
+def _multiply(
+    library: CpuLibrary, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, offsets: Tensor | None = None
+) -> Tensor:
+    """x [R, K] by a matrix, or by a stack with offsets."""
+    dtype = x.dtype
+    if dtype == torch.float64:
+        x = x.float()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty(x.shape[0], weight.rows, dtype=x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if x.shape[0] and weight.rows:
+        program = Program(library)
+        rounded = add_round(program, x, weight)
+        add_matmul(program, [quantized_matrix(weight, y, bias)], x.shape[0], rounded, offsets=offsets)
+        program.run()
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+def parts_of(weight: QuantizedWeight) -> int:
+    """How many scales a block of 128 columns of this weight has: 1, 2 or 4."""
+    return BLOCK // min(weight.group_size, BLOCK)
+
+
+def lane_factor_of(weight: QuantizedWeight) -> int:
+    """What the sums of activations are multiplied by beforehand: 8 around symmetric int4 codes, 1 for zero points."""
+    return 8 if weight.bits == 4 and weight.zeros is None else 1
+
+
+def planes_of(dtype: torch.dtype) -> int:
+    """int16 planes that keep activations of this dtype exact enough: bfloat16 and float16 need one, float32 two."""
+    return 1 if dtype in (torch.bfloat16, torch.float16) else 2
+
+
+def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> Rounded:
+    """Append the rounding of x [R, K] for matmuls with `weight` (and others of its group size without an order)."""
+    columns = x.shape[-1]
+    rounded, held = rounded_rows(
+        x.shape[0], columns, planes or planes_of(x.dtype), parts_of(weight), lane_factor_of(weight)
+    )
+    order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
+    rounding = operation(
+        "ROUND",
+        source=rows_of(x),
+        order=pointer(order),
+        rows=x.shape[0],
+        columns=columns,
+        out=ctypes.addressof(rounded),
+    )
+    program.add(rounding, rounded, x, order, *held)
+    return rounded
+
+
+def quantized_matrix(weight: QuantizedWeight, y: Tensor, bias: Tensor | None = None) -> tuple[Matrix, list[Any]]:
+    """A weight (or a stack) with the rows that it writes, and what must stay alive."""
+    padded_rows = weight.codes.shape[-2]
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    if not (codes.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
+        raise ValueError(
+            "the CPU kernels read codes, scales and zeros as they are packed: call .contiguous() when loading"
+        )
+    if zeros is not None and zeros.dtype != scales.dtype:
+        zeros = zeros.to(scales.dtype)
+    columns = codes.shape[-1] * (4 if weight.bits == 4 else 1)
+    stacked = codes.dim() == 3
+    matrix = Matrix(
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=pointer(zeros),
+        bias=pointer(bias),
+        bits=weight.bits,
+        scale_dtype=DTYPES[scales.dtype],
+        group_size=weight.group_size,
+        rows=weight.rows,
+        padded_rows=padded_rows,
+        columns=columns,
+        expert_code_bytes=codes.stride(0) * codes.element_size() if stacked else 0,
+        expert_scales=scales.stride(0) if stacked else 0,
+        y=rows_of(y),
+    )
+    return matrix, [codes, scales, zeros, bias, y]
+
+
+def dense_matrix(weight: Tensor, y: Tensor) -> tuple[Matrix, list[Any]]:
+    """A matrix of floats [N, K], or a stack of them, with the rows that it writes."""
+    *_, rows, columns = weight.shape
+    stride = weight.stride(0) * weight.element_size() if weight.dim() == 3 else 0
+    matrix = Matrix(
+        codes=weight.data_ptr(),
+        code_dtype=DTYPES[weight.dtype],
+        group_size=1,
+        rows=rows,
+        padded_rows=rows,
+        columns=columns,
+        expert_code_bytes=stride,
+        y=rows_of(y),
+    )
+    return matrix, [weight, y]
+
+
+def add_matmul(
+    program: Program,
+    matrices: list[tuple[Matrix, list[Any]]],
+    rows: int,
+    x: Rounded | None = None,
+    floats: Rows | None = None,
+    offsets: Tensor | None = None,
+    experts: Tensor | None = None,
+    active: Tensor | None = None,
+) -> None:
+    """Append one operation that multiplies all `matrices` by the same rows (fields: csrc/operations.h, Matmul)."""
+    array = (Matrix * len(matrices))(*(matrix for matrix, _ in matrices))
+    product = operation(
+        "MATMUL",
+        matrices=ctypes.addressof(array),
+        count=len(matrices),
+        x=address(x),
+        floats=floats or Rows(),
+        rows=rows,
+        offsets=pointer(offsets),
+        experts=pointer(experts),
+        active=pointer(active),
+        slots=0 if offsets is None else offsets.numel() - 1,
+    )
+    program.add(product, array, [held for _, held in matrices], x, offsets, experts, active)
