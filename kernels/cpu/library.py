@@ -58,6 +58,10 @@ class CpuLibrary:
         """Run `count` operations, a ctypes array of pointers to the structures of `cpu_operations`."""
         self.handle.qwenfit_run((self.isa or "").encode(), operations, count, threads)
 
+    def run_here(self, operation: Any) -> None:
+        """Run one operation that needs no scratch on the calling thread, whatever other threads run meanwhile."""
+        self.handle.qwenfit_run_here((self.isa or "").encode(), ctypes.addressof(operation))
+
 
 class _NoLibrary(Exception):
     """Why there are no C kernels here."""
@@ -217,6 +221,8 @@ def declare(handle: Any) -> Any:
 
     handle.qwenfit_run.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     handle.qwenfit_run.restype = None
+    handle.qwenfit_run_here.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    handle.qwenfit_run_here.restype = None
     handle.qwenfit_has.argtypes = (ctypes.c_char_p,)
     handle.qwenfit_has.restype = ctypes.c_int64
     check_layout(handle)

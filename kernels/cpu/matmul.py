@@ -42,6 +42,9 @@ from .operations import (
 )
 from .packed import packed_expert_matmul, packed_matmul
 
+TILE_ROWS, GEMV_TOKENS = 32, 8  # as in csrc/matmul.h
+MOST_TASK_TILES = 8
+TASKS_PER_THREAD = 4
 DENSE_ROWS = 8  # up to here a matrix of floats is read by our own gemv; above, F.linear is faster
 
 
@@ -222,5 +225,14 @@ def add_matmul(
         experts=pointer(experts),
         active=pointer(active),
         slots=0 if offsets is None else offsets.numel() - 1,
+        task_tiles=_task_tiles(matrices, rows, 0 if offsets is None else offsets.numel() - 1),
     )
     program.add(product, array, [held for _, held in matrices], x, offsets, experts, active)
+
+
+def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
+    """Tiles of 32 rows in a task: many make the reading of scales cheap (csrc/matmul.h), and every thread wants some."""
+    if rows > GEMV_TOKENS and not slots:
+        return 1
+    tiles = sum(-(-matrix.rows // TILE_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))
+    return max(1, min(MOST_TASK_TILES, tiles // (TASKS_PER_THREAD * torch.get_num_threads())))

@@ -28,6 +28,8 @@ KINDS = [
     "ROUTE",
     "COMBINE",
     "READ",
+    "FIND_SCALES",
+    "SOLVE_COLUMNS",
 ]
 KIND = {name: number for number, name in enumerate(KINDS)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -72,7 +74,7 @@ class Matrix(ctypes.Structure):
 
 
 class Matmul(ctypes.Structure):
-    _fields_ = _fields("kind *matrices count *x floats:Rows rows *offsets *experts *active slots", _ROWS)
+    _fields_ = _fields("kind *matrices count *x floats:Rows rows *offsets *experts *active slots task_tiles", _ROWS)
 
 
 class Norm(ctypes.Structure):
@@ -128,10 +130,26 @@ class Read(ctypes.Structure):
     _fields_ = _fields("kind *data bytes sum")
 
 
+class FindScales(ctypes.Structure):
+    _fields_ = _fields(
+        "kind *weight *importance *ratios ratio_count refinements rows columns group_size bits symmetric scale_dtype "
+        "*scales *zeros"
+    )
+
+
+class SolveColumns(ctypes.Structure):
+    _fields_ = _fields(
+        "kind *targets *weights *factor *scales *zeros *groups *codes rows columns factor_stride bits"
+    )
+
+
 STRUCTURES = dict(
     zip(
         KINDS,
-        (Round, Matmul, Norm, Conv, Conv, Delta, Delta, RopeStore, Attention, Attention, Embed, Route, Combine, Read),
+        (
+            *(Round, Matmul, Norm, Conv, Conv, Delta, Delta, RopeStore, Attention, Attention, Embed, Route, Combine),
+            *(Read, FindScales, SolveColumns),
+        ),
         strict=True,
     )
 )

@@ -62,12 +62,14 @@ def _norm_works(models: Family, setting: Setting, tokens: int) -> Works:
 
 def _attention_works(models: Family, setting: Setting, tokens: int) -> Works:
     depths = setting.depths if tokens <= MOST_SEQUENCES else (0, *setting.depths)
-    for (heads, key_heads, size), names in _shared(models, _heads).items():
-        yield partial(rope_work, setting, names, tokens, heads, size)
-        for int8 in (False, True):
-            yield partial(store_work, setting, names, tokens, key_heads, size, int8)
+    for shape, names in _shared(models, _query_heads).items():
+        yield partial(rope_work, setting, names, tokens, *shape)
+    for int8 in (False, True):
+        for shape, names in _shared(models, _key_heads).items():
+            yield partial(store_work, setting, names, tokens, *shape, int8)
+        for shape, names in _shared(models, _heads).items():
             for depth in depths:
-                yield partial(attention_work, setting, names, tokens, heads, key_heads, size, depth, int8)
+                yield partial(attention_work, setting, names, tokens, *shape, depth, int8)
 
 
 _WORKS = {
@@ -120,6 +122,14 @@ def _hidden(c: Configuration) -> Iterator[Shape]:
 
 def _gated_norm(c: Configuration) -> Iterator[Shape]:
     yield c.linear_num_value_heads, c.linear_value_head_dim
+
+
+def _query_heads(c: Configuration) -> Iterator[Shape]:
+    yield c.num_attention_heads, c.head_dim
+
+
+def _key_heads(c: Configuration) -> Iterator[Shape]:
+    yield c.num_key_value_heads, c.head_dim
 
 
 def _heads(c: Configuration) -> Iterator[Shape]:

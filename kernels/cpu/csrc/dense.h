@@ -66,13 +66,21 @@ static void dense_tile(const Matrix *m, int64_t expert, const Rows *x, int64_t t
     }
 }
 
-/* Tasks: every tile of every matrix (of every slot, for stacks). */
-INLINE int64_t matrix_tiles(const Matrix *m) { return (m->rows + TILE_ROWS - 1) / TILE_ROWS; }
+/* Tasks: task_tiles tiles of every matrix (of every slot, for stacks). */
+INLINE int64_t matrix_tasks(const Matmul *op, const Matrix *m)
+{
+    int64_t rows = TILE_ROWS * op->task_tiles;
+    return (m->rows + rows - 1) / rows;
+}
+INLINE int64_t slot_tasks(const Matmul *op)
+{
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < op->count; i++) tasks += matrix_tasks(op, op->matrices + i);
+    return tasks;
+}
 static int64_t matmul_tasks(const Matmul *op)
 {
-    int64_t slots = op->offsets ? (op->active ? *op->active : op->slots) : 1, tiles = 0;
-    for (int64_t i = 0; i < op->count; i++) tiles += matrix_tiles(op->matrices + i);
-    return slots * tiles;
+    return (op->offsets ? (op->active ? *op->active : op->slots) : 1) * slot_tasks(op);
 }
 static int64_t matmul_scratch_bytes(const Matmul *op)
 {
@@ -82,7 +90,7 @@ static int64_t matmul_scratch_bytes(const Matmul *op)
         gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
         gemv = (GEMV_GROUP + 1) * op->x->blocks * op->x->parts * 16 * 4;
         for (int64_t i = 0, most = 0; i < op->count; i++) {
-            int64_t words = tile_scale_words(matrix_groups(op->matrices + i));
+            int64_t words = scale_words(matrix_groups(op->matrices + i), TILE_ROWS * op->task_tiles);
             if (words > most) gemv += (words - most) * 4, most = words;
         }
     }
@@ -91,16 +99,21 @@ static int64_t matmul_scratch_bytes(const Matmul *op)
 
 static void matmul_task(const Matmul *op, int64_t task, float *scratch)
 {
-    int64_t tiles = 0, slot, i = 0;
-    for (int64_t j = 0; j < op->count; j++) tiles += matrix_tiles(op->matrices + j);
-    slot = task / tiles, task %= tiles;
-    while (task >= matrix_tiles(op->matrices + i)) task -= matrix_tiles(op->matrices + i++);
+    int64_t slot = task / slot_tasks(op), i = 0;
+    task %= slot_tasks(op);
+    while (task >= matrix_tasks(op, op->matrices + i)) task -= matrix_tasks(op, op->matrices + i++);
     const Matrix *m = op->matrices + i;
     int64_t token0 = op->offsets ? op->offsets[slot] : 0,
             tokens = (op->offsets ? op->offsets[slot + 1] : op->rows) - token0;
     int64_t expert = op->experts ? op->experts[slot] : slot;
     if (tokens == 0) return;
-    if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, task * TILE_ROWS);
-    else if (tokens <= GEMV_TOKENS) gemv_tile(m, expert, op->x, token0, tokens, task * TILE_ROWS, scratch);
-    else gemm_tile(m, expert, op->x, token0, tokens, task * TILE_ROWS, scratch);
+    int64_t first = task * op->task_tiles * TILE_ROWS, left = (m->bits ? m->padded_rows : m->rows) - first;
+    int64_t rows = op->task_tiles * TILE_ROWS < left ? op->task_tiles * TILE_ROWS : left;
+    if (m->bits && tokens <= GEMV_TOKENS) {
+        gemv_task(m, expert, op->x, token0, tokens, first, rows, scratch);
+        return;
+    }
+    for (int64_t row0 = first; row0 < first + rows; row0 += TILE_ROWS)
+        if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, row0);
+        else gemm_tile(m, expert, op->x, token0, tokens, row0, scratch);
 }

@@ -6,6 +6,7 @@
 #include "dense.h"
 #include "mixture.h"
 #include "read.h"
+#include "rounding.h"
 
 #define NAME_OF(isa) qwenfit_kernels_##isa
 #define TABLE(isa) NAME_OF(isa)
@@ -29,4 +30,6 @@ const Kernel TABLE(ISA)[KINDS] = {
     [ROUTE] = {TASKS(route_tasks), TASK(route_task), TASKS(route_scratch_bytes)},
     [COMBINE] = {TASKS(combine_tasks), TASK(combine_task), no_scratch},
     [READ] = {TASKS(read_tasks), TASK(read_task), no_scratch},
+    [FIND_SCALES] = {TASKS(find_scales_tasks), TASK(find_scales_task), no_scratch},
+    [SOLVE_COLUMNS] = {TASKS(solve_columns_tasks), TASK(solve_columns_task), no_scratch},
 };

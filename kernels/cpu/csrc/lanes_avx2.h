@@ -38,6 +38,11 @@ INLINE v16f f_bits(v16i x) { return (v16f){_mm256_castsi256_ps(x.a), _mm256_cast
 
 INLINE v16i i_set1(int32_t a) { return (v16i){_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 INLINE v16i i_zero(void) { return i_set1(0); }
+INLINE v16i i_keep(v16i v)
+{
+    __asm__("" : "+x"(v.a), "+x"(v.b));
+    return v;
+}
 INLINE v16i i_load(const void *p)
 {
     return (v16i){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};

@@ -26,6 +26,11 @@ INLINE v16f f_bits(v16i a) { return _mm512_castsi512_ps(a); }
 
 INLINE v16i i_zero(void) { return _mm512_setzero_si512(); }
 INLINE v16i i_set1(int32_t a) { return _mm512_set1_epi32(a); }
+INLINE v16i i_keep(v16i a)
+{
+    __asm__("" : "+v"(a));
+    return a;
+}
 INLINE v16i i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE void i_store(void *p, v16i a) { _mm512_storeu_si512(p, a); }
 INLINE v16i i_add(v16i a, v16i b) { return _mm512_add_epi32(a, b); }

@@ -38,6 +38,11 @@ INLINE v16f f_bits(v16i x) { EACH(v16f, vreinterpretq_f32_s32(x.v[k])); }
 
 INLINE v16i i_set1(int32_t a) { EACH(v16i, vdupq_n_s32(a)); }
 INLINE v16i i_zero(void) { return i_set1(0); }
+INLINE v16i i_keep(v16i a)
+{
+    __asm__("" : "+w"(a.v[0]), "+w"(a.v[1]), "+w"(a.v[2]), "+w"(a.v[3]));
+    return a;
+}
 INLINE v16i i_load(const void *p) { EACH(v16i, vreinterpretq_s32_u8(vld1q_u8((const uint8_t *)p + 16 * k))); }
 INLINE void i_store(void *p, v16i x)
 {

@@ -9,4 +9,5 @@ const int64_t qwenfit_bytes[KINDS] = {
     [ATTENTION] = sizeof(Attention), [ATTENTION_JOIN] = sizeof(Attention),
     [EMBED] = sizeof(Embed),         [ROUTE] = sizeof(Route),
     [COMBINE] = sizeof(Combine),     [READ] = sizeof(Read),
+    [FIND_SCALES] = sizeof(FindScales), [SOLVE_COLUMNS] = sizeof(SolveColumns),
 };

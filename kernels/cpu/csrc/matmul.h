@@ -1,6 +1,6 @@
 /* y = x W^T for int4 ("P16") and int8 weights: integer dot products, one float per group and output.
  *
- * A task is 32 rows of W. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie in memory:
+ * A task is a tile of 32 rows of W, or several. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie in memory:
  *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot
  *     products per activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation);
  *     a sum over lanes per row. About 6 + 6 instructions per 64 bytes, where memory takes as long as 25 would:
@@ -22,10 +22,8 @@
 #define PANEL_BLOCKS 32
 
 INLINE int64_t matrix_groups(const Matrix *m) { return (m->columns + m->group_size - 1) / m->group_size; }
-INLINE int64_t tile_scale_words(int64_t groups)
-{
-    return groups * TILE_ROWS * 2;
-} /* scales and zeros, float32 at most */
+/* Scales and zero points of so many rows, float32 at most. */
+INLINE int64_t scale_words(int64_t groups, int64_t rows) { return 2 * groups * rows; }
 
 /* What a dot product starts from, so that codes stand around their zero: the activations' sums times minus the zero
  * point. */
@@ -41,7 +39,7 @@ INLINE void unpack_block(int bits, const char *p, v16i *w)
 {
     const v16i mask = i_set1(0x000F000F);
     if (bits == 4) {
-        v16i four = i_load(p);
+        v16i four = i_keep(i_load(p)); /* GCC would read the line four times, and the load buffers would be full */
         w[0] = i_and(four, mask), w[1] = i_and(w_srl(four, 4), mask);
         w[2] = i_and(w_srl(four, 8), mask), w[3] = w_srl(four, 12);
     } else {
@@ -49,34 +47,51 @@ INLINE void unpack_block(int bits, const char *p, v16i *w)
     }
 }
 
+/* Where the codes lie that are wanted AHEAD_BYTES after those of `row`, in the order in which gemv_rows reads them: row
+ * after row of a panel, panel after panel, and then the first panel of the 16 rows that follow in memory (past the
+ * last ones a prefetch asks for nothing that faults). */
+#define AHEAD_BYTES 4096
+INLINE const char *codes_ahead(const char *codes, int64_t row_bytes, int64_t panel_bytes, int64_t panel, int64_t row)
+{
+    const int64_t width = row_bytes < panel_bytes ? row_bytes : panel_bytes, steps = (AHEAD_BYTES + width - 1) / width;
+    const int64_t ahead = row + (steps < 16 ? steps : 16), next = panel + panel_bytes;
+    if (ahead < 16) return codes + ahead * row_bytes + panel;
+    return next < row_bytes ? codes + (ahead - 16) * row_bytes + next : codes + ahead * row_bytes;
+}
+
 /* 16 rows of W, `pair` at a time, times `group` rows of activations: sums[16 s + row] are the lanes of one product.
  * Columns go in panels, so that the activations of one (and the tables beside them) stay in L1 while the 16 rows pass.
- * factors [block][part][stream][row], zeros [block][part][row]. */
+ * factors [block][part][stream][row], zeros [block][part][row].
+ *
+ * Every line of codes is asked for 4 KiB before it is used. That decides the speed: a row's panel is half a page, too
+ * short a run for the processor's own prefetchers (Cascade Lake, 4096 columns, this loop alone: 73 % of the read
+ * bandwidth without, 77 % from 512 bytes ahead, 88 % from 2 KiB, 98 % from 4 KiB, and two rows at once 79 %). Two sums
+ * in turn where a block has several groups: one would be a chain of four multiply-adds per line. */
 INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, const char *codes, const Rounded *x,
                       int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
 {
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
-    const int64_t row_bytes = blocks * block_bytes;
-    /* Rows to come are asked for by hand; where a row is one panel only the first of a pair, which was the faster of
-     * both in tuning on a busy Cascade Lake. Not settled: measure again on a quiet machine before relying on it. */
-    const int by_hand = blocks == PANEL_BLOCKS ? 1 : pair;
+    const int64_t panel_blocks = PANEL_BLOCKS / group;
+    const int64_t row_bytes = blocks * block_bytes, panel_bytes = panel_blocks * block_bytes;
     for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
-    for (int64_t panel = 0; panel < blocks; panel += PANEL_BLOCKS) {
-        const int64_t end = panel + PANEL_BLOCKS < blocks ? panel + PANEL_BLOCKS : blocks;
+    for (int64_t begin = 0; begin < blocks; begin += panel_blocks) {
+        const int64_t end = begin + panel_blocks < blocks ? begin + panel_blocks : blocks;
         for (int row = 0; row < 16; row += pair) {
-            const char *p = codes + row * row_bytes + panel * block_bytes;
-            const int16_t *words = x->words + (panel * streams + first) * BLOCK;
-            const int32_t *lanes = x->lanes + (panel * streams + first) * parts * 16,
-                          *zero = zeros + panel * parts * 16 + row;
-            const float *factor = factors + panel * parts * group * 16 + row;
-            v16f y[2][GEMV_GROUP];
+            const char *p = codes + row * row_bytes + begin * block_bytes;
+            const char *ahead = codes_ahead(codes, row_bytes, panel_bytes, begin * block_bytes, row);
+            const int16_t *words = x->words + (begin * streams + first) * BLOCK;
+            const int32_t *lanes = x->lanes + (begin * streams + first) * parts * 16,
+                          *zero = zeros + begin * parts * 16 + row;
+            const float *factor = factors + begin * parts * group * 16 + row;
+            v16f y[2][GEMV_GROUP][2];
             for (int r = 0; r < pair; r++)
-                for (int s = 0; s < group; s++) y[r][s] = sums[16 * s + row + r];
-            for (int64_t block = panel; block < end; block++) {
+                for (int s = 0; s < group; s++) y[r][s][0] = sums[16 * s + row + r], y[r][s][1] = f_zero();
+            for (int64_t block = begin; block < end; block++) {
                 v16i w[2][4];
                 for (int r = 0; r < pair; r++) {
                     unpack_block(bits, p + r * row_bytes, w[r]);
-                    if (r < by_hand) __builtin_prefetch(p + (r + pair) * row_bytes);
+                    for (int64_t line = 0; line < block_bytes; line += 64)
+                        __builtin_prefetch(ahead + r * row_bytes + line);
                 }
                 for (int s = 0; s < group; s++)
                     for (int part = 0; part < parts; part++)
@@ -84,55 +99,58 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, c
                             v16i sum = dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * 16 + r);
                             for (int i = 4 / parts * part; i < 4 / parts * (part + 1); i++)
                                 sum = w_dot(sum, w[r][i], i_load(words + s * BLOCK + 32 * i));
-                            y[r][s] = f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r]), y[r][s]);
+                            y[r][s][part % 2] =
+                                f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r]), y[r][s][part % 2]);
                         }
-                p += block_bytes, words += streams * BLOCK, lanes += streams * parts * 16;
+                p += block_bytes, ahead += block_bytes;
+                words += streams * BLOCK, lanes += streams * parts * 16;
                 zero += parts * 16, factor += parts * group * 16;
             }
             for (int r = 0; r < pair; r++)
-                for (int s = 0; s < group; s++) sums[16 * s + row + r] = y[r][s];
+                for (int s = 0; s < group; s++)
+                    sums[16 * s + row + r] = parts > 1 ? f_add(y[r][s][0], y[r][s][1]) : y[r][s][0];
         }
     }
 }
 
+/* One row of activations over several panels: two rows of W at once, which halves the reads of the activations; where a
+ * row is one panel they lie in L1 for all 16 rows, and row after row is the faster order. */
 #define GEMV_CASE(bits, zero_kind, parts, group, pair) \
     case bits * 1000 + zero_kind * 100 + parts * 10 + group: \
-        gemv_rows(bits, zero_kind, parts, group, pair, codes, x, first, factors, zeros, sums); \
+        if (pair == 2 && blocks > PANEL_BLOCKS) \
+            gemv_rows(bits, zero_kind, parts, group, 2, codes, x, first, factors, zeros, sums); \
+        else gemv_rows(bits, zero_kind, parts, group, 1, codes, x, first, factors, zeros, sums); \
         break
 #define GEMV_CASES(bits, zero_kind, parts) \
     GEMV_CASE(bits, zero_kind, parts, 1, 2); \
     GEMV_CASE(bits, zero_kind, parts, 2, 2); \
     GEMV_CASE(bits, zero_kind, parts, 4, 1)
 
-/* Scales and zero points of one tile, copied side by side: [group][TILE_ROWS] of the matrix's own type. In the matrix
+/* Scales and zero points of a task's rows, copied side by side: [group][rows] of the matrix's own type. In the matrix
  * the groups of a row are a whole column of rows apart, usually a multiple of 4096 bytes: one set of the L1 cache, a
- * page each, and nothing that a hardware prefetcher follows. So every tile asks for those of the next two, and reads
- * its own once. */
+ * page each. Taken 32 rows at a time, one cache line a group, they cost a quarter of the time of a matrix (4096 columns
+ * of int4 by one core: 67 % of the read bandwidth with, 95 % without); so a task has as many rows as leave enough tasks
+ * for the threads (`Matmul.task_tiles`). */
 typedef struct {
-    char *scales, *zeros;
-} TileScales;
+    const char *scales, *zeros;
+    int64_t rows;
+} TaskScales;
 
-static TileScales gather_scales(const Matrix *m, int64_t scale_base, int64_t groups, int64_t row0, char *scratch)
+static TaskScales gather_scales(const Matrix *m, int64_t scale_base, int64_t row0, int64_t rows, char *scratch)
 {
-    const int64_t size = element_bytes(m->scale_dtype), rows = m->padded_rows - row0, line = TILE_ROWS * size;
-    const int64_t bytes = rows < TILE_ROWS ? rows * size : line;
-    TileScales tile = {scratch, scratch + groups * line};
+    const int64_t size = element_bytes(m->scale_dtype), line = rows * size, groups = matrix_groups(m);
+    char *scales = scratch, *zeros = scratch + groups * line;
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = (scale_base + g * m->padded_rows + row0) * size;
-        const char *p = (const char *)m->scales + at;
-        memcpy(tile.scales + g * line, p, (size_t)bytes);
-        if (rows >= 3 * TILE_ROWS) __builtin_prefetch(p + line, 0, 2), __builtin_prefetch(p + 2 * line, 0, 2);
-        if (!m->zeros) continue;
-        p = (const char *)m->zeros + at;
-        memcpy(tile.zeros + g * line, p, (size_t)bytes);
-        if (rows >= 3 * TILE_ROWS) __builtin_prefetch(p + line, 0, 2), __builtin_prefetch(p + 2 * line, 0, 2);
+        memcpy(scales + g * line, (const char *)m->scales + at, (size_t)line);
+        if (m->zeros) memcpy(zeros + g * line, (const char *)m->zeros + at, (size_t)line);
     }
-    return tile;
+    return (TaskScales){scales, zeros, rows};
 }
 
-/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the tile on. scratch: (group + 1) * blocks * parts
+/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the task on. scratch: (group + 1) * blocks * parts
  * * 16 words. */
-static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, const Rounded *x, int64_t first,
+static void gemv_streams(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
                          int group, int64_t row0, float *scratch, v16f *y)
 {
     const int64_t streams = x->rows * x->planes, parts = x->parts, part_columns = BLOCK / parts;
@@ -141,14 +159,16 @@ static void gemv_streams(const Matrix *m, const char *codes, TileScales tile, co
     int64_t at = row0, left = m->group_size, i = 0;
     for (int64_t block = 0; block < x->blocks; block++)
         for (int64_t part = 0; part < parts; part++, i++) {
-            v16f scale = load_at(tile.scales, m->scale_dtype, at);
+            __builtin_prefetch(codes + AHEAD_BYTES + 64 * i); /* memory is not to wait for these tables */
+            v16f scale = load_at(task.scales, m->scale_dtype, at);
             for (int s = 0; s < group; s++)
                 f_store(factors + (i * group + s) * 16, f_mul(scale, f_set1(x->scales[block * streams + first + s])));
-            if (m->zeros) i_store(zeros + i * 16, i_from_f(load_at(tile.zeros, m->scale_dtype, at)));
-            if ((left -= part_columns) == 0) at += TILE_ROWS, left = m->group_size;
+            if (m->zeros) i_store(zeros + i * 16, i_from_f(load_at(task.zeros, m->scale_dtype, at)));
+            if ((left -= part_columns) == 0) at += task.rows, left = m->group_size;
         }
     v16f sums[16 * GEMV_GROUP];
     const int zero_kind = zero_kind_of(m);
+    const int64_t blocks = x->blocks;
     switch (m->bits * 1000 + zero_kind * 100 + parts * 10 + group) {
         GEMV_CASES(4, SAME_ZERO, 1);
         GEMV_CASES(4, SAME_ZERO, 2);
@@ -180,23 +200,23 @@ INLINE void store_outputs(const Matrix *m, int64_t token, int64_t row0, v16f y)
     else store_some(m->y.data, m->y.dtype, at, y, left);
 }
 
-static void gemv_tile(const Matrix *m, int64_t expert, const Rounded *x, int64_t token0, int64_t tokens, int64_t tile0,
-                      float *scratch)
+/* Rows first ... first + count - 1 of W, a multiple of 16 of them. */
+static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t token0, int64_t tokens, int64_t first,
+                      int64_t count, float *scratch)
 {
-    const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), groups = matrix_groups(m);
-    const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + tile0 * row_bytes;
-    TileScales tile = gather_scales(m, expert * m->expert_scales, groups, tile0, (char *)scratch);
-    scratch += tile_scale_words(groups);
-    for (int64_t row0 = 0; row0 < TILE_ROWS && tile0 + row0 < m->padded_rows; row0 += 16) {
+    const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), streams = tokens * x->planes;
+    const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + first * row_bytes;
+    TaskScales task = gather_scales(m, expert * m->expert_scales, first, count, (char *)scratch);
+    scratch += scale_words(matrix_groups(m), count);
+    for (int64_t row0 = 0; row0 < count; row0 += 16) {
         v16f y[2 * GEMV_TOKENS];
-        int64_t streams = tokens * x->planes;
         for (int64_t s = 0; s < streams;) {
             int group = streams - s >= 4 ? 4 : streams - s >= 2 ? 2 : 1;
-            gemv_streams(m, codes + row0 * row_bytes, tile, x, token0 * x->planes + s, group, row0, scratch, y + s);
+            gemv_streams(m, codes + row0 * row_bytes, task, x, token0 * x->planes + s, group, row0, scratch, y + s);
             s += group;
         }
         for (int64_t t = 0; t < tokens; t++)
-            store_outputs(m, token0 + t, tile0 + row0, x->planes == 1 ? y[t] : f_add(y[2 * t], y[2 * t + 1]));
+            store_outputs(m, token0 + t, first + row0, x->planes == 1 ? y[t] : f_add(y[2 * t], y[2 * t + 1]));
     }
 }
 

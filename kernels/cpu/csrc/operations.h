@@ -21,6 +21,8 @@ enum {
     ROUTE,
     COMBINE,
     READ,
+    FIND_SCALES,
+    SOLVE_COLUMNS,
     KINDS
 };
 
@@ -71,7 +73,7 @@ typedef struct {
 
 /* MATMUL: every matrix times the same rows. Quantized ones read `x`, those of floats read `floats`. For a stack, slot
  * i holds rows offsets[i] .. offsets[i + 1] - 1 of expert experts[i] (null: i); `*active` slots of `slots` are in use
- * (null: all). */
+ * (null: all). A task is task_tiles times 32 rows of a matrix. */
 typedef struct {
     int64_t kind;
     Matrix *matrices;
@@ -80,7 +82,7 @@ typedef struct {
     Rows floats;
     int64_t rows;
     const int32_t *offsets, *experts, *active;
-    int64_t slots;
+    int64_t slots, task_tiles;
 } Matmul;
 
 /* NORM: residual += x (if residual.data), y = rmsnorm(residual or x) * (weight + offset) [* silu(gate)], and y as
@@ -182,3 +184,29 @@ typedef struct {
     int64_t bytes;
     uint64_t sum;
 } Read;
+
+/* FIND_SCALES: for every group of a row of `weight` the scale (exact in scale_dtype) and zero with the least sum of
+ * importance * error^2, among step * ratios[k] with the zeros next to the range's, then refined by least squares. */
+typedef struct {
+    int64_t kind;
+    const float *weight;     /* [rows][columns] */
+    const float *importance; /* [columns] */
+    const float *ratios;
+    int64_t ratio_count, refinements, rows, columns, group_size, bits, symmetric, scale_dtype;
+    float *scales;  /* [rows][columns / group_size] */
+    uint8_t *zeros; /* likewise */
+} FindScales;
+
+/* SOLVE_COLUMNS: `columns` columns of GPTQ (64 at most), the last first. Everything is [..][rows]: a column lies side by side.
+ * targets[j] is rounded to the grid of group groups[j]; codes[j]; weights[j] becomes weights[j] - its rounding, which
+ * times factor[j][k] goes into the targets k < j. */
+#define SOLVE_COLUMNS_MOST 64
+typedef struct {
+    int64_t kind;
+    const float *targets;
+    float *weights;
+    const float *factor, *scales, *zeros;
+    const int64_t *groups;
+    uint8_t *codes;
+    int64_t rows, columns, factor_stride, bits;
+} SolveColumns;

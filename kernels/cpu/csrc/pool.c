@@ -212,3 +212,11 @@ void qwenfit_run(const char *isa, const void *const *operations, int64_t count, 
     restore_denormals(before);
     pthread_mutex_unlock(&running_lock);
 }
+
+/* One operation that needs no scratch, by the calling thread alone: callers that bring threads of their own do not
+ * wait for each other. */
+void qwenfit_run_here(const char *isa, void *op)
+{
+    const Kernel *kernel = kernels_for(isa) + *(const int64_t *)op;
+    for (int64_t task = 0, count = kernel->tasks(op); task < count; task++) kernel->task(op, task, NULL);
+}

@@ -96,7 +96,7 @@ static void matmuls(void)
                                     0,
                                     y};
                         Round round = {ROUND, source, {0}, 0, NULL, NULL, m, columns, {0}, &x};
-                        Matmul product = {MATMUL, &w, 1, &x, {0}, m, NULL, NULL, NULL, 0};
+                        Matmul product = {MATMUL, &w, 1, &x, {0}, m, NULL, NULL, NULL, 0, 1};
                         char name[64];
                         run(&round), run(&product);
                         snprintf(name, sizeof name, "int%d g%d %s %d rows %d planes", bits, (int)group,
@@ -106,7 +106,7 @@ static void matmuls(void)
     const int64_t m = 6;
     Rows x = {floats(m * 200), FLOAT32, 200}, y = {room(m * 20 * 2), BFLOAT16, 20};
     Matrix w = {bfloats(20 * 200, 1, 0), NULL, NULL, NULL, 0, BFLOAT16, 0, 1, 20, 20, 200, 0, 0, y};
-    Matmul product = {MATMUL, &w, 1, NULL, x, m, NULL, NULL, NULL, 0};
+    Matmul product = {MATMUL, &w, 1, NULL, x, m, NULL, NULL, NULL, 0, 1};
     run(&product), report("dense bf16", y.data, (size_t)(m * 20) * 2);
 }
 
