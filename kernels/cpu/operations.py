@@ -138,9 +138,7 @@ class FindScales(ctypes.Structure):
 
 
 class SolveColumns(ctypes.Structure):
-    _fields_ = _fields(
-        "kind *targets *weights *factor *scales *zeros *groups *codes rows columns factor_stride bits"
-    )
+    _fields_ = _fields("kind *targets *weights *factor *scales *zeros *groups *codes rows columns factor_stride bits")
 
 
 STRUCTURES = dict(

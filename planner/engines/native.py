@@ -1,6 +1,7 @@
 """qwenfit's own runtime, which loads a quantized Qwen3.5 and generates: all of it is allocated before the first token.
 
-This file is the contract that `kernels/` will keep; it reads no foreign engine. What lies on the device:
+This file is the contract that `kernels/runtime/memory.py` keeps, to the byte (tests/kernels/runtime/test_memory.py).
+What lies on the device:
 
 Weights, in the runtime layout. int4: codes uint16 [N, K/4]; int8: codes int8 [N, K]; a scale bf16 [K/G, N], and a zero
 point bf16 [K/G, N] only where asymmetric; N padded to 16. What the checkpoint does not quantize keeps its dtype
@@ -15,7 +16,7 @@ Recurrent state, per Gated DeltaNet layer: [slots, NV, DV, DK] float32 or bfloat
     convolution input; slots = seqs * (1 + draft tokens), for a rejected draft goes back to the state before it.
 Scratch, one arena for a chunk of T prompt tokens: the residual stream and its norm, and the widest of
     the delta rule in four kernels: convolution in and out, z, gates; A [T, NV, 64] f32; w, u, new values [T, NV, DV]
-        bf16; one state per 64 tokens [T/64, NV, DK, DV] bf16; outputs
+        bf16; one state per 64 tokens [T/64, NV, DV, DK] bf16; outputs
     attention: queries with their gates, keys, values, output (scores stay on chip)
     the MLP: gate, up, product; experts: routed rows in, gate, up, product, out
 Decode: partial sums of 16 splits [seqs, 1 + draft, H, 16, D + 2] f32; logits in bf16 and float32.

@@ -256,7 +256,7 @@ def test_refuses_what_does_not_fit() -> None:
     q = torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16)
     index = int32([0])
     for wrong, sentence in (
-        ((q.float(), q), "alike, bf16, fp16 or fp32"),
+        ((q.float(), q), "alike, bf16, fp16"),
         ((q.expand(1, 9, 4, 64), q.expand(1, 9, 4, 64)), "use attention_prefill"),
         ((q[:, :, :3], q[:, :, :3]), "3 query heads of 64 on 2 key heads of 64"),
         ((q.half(), q.half()), "a cache of torch.bfloat16 for a model in torch.float16"),

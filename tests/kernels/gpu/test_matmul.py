@@ -234,7 +234,7 @@ def test_what_the_kernels_rely_on_is_checked() -> None:
         "the kernels take": (x.double(), weight),
         "the last must be equal": (x[:, :64], weight),
         "int4 lies in uint16": (x, replace(weight, codes=weight.codes.view(torch.int16))),
-        "pack them by layout/packing.py": (x, replace(weight, rows=12)),
+        "pack them by `packing.py`": (x, replace(weight, rows=12)),
         "do not fit groups": (x, replace(weight, scales=weight.scales[:, :16])),
         "must have one shape": (x, replace(weight, zeros=weight.scales[:, :16])),
         "must be contiguous": (x, replace(weight, scales=weight.scales.repeat(1, 2)[:, ::2])),

@@ -1,0 +1,70 @@
+"""The thread pool under strain: many tiny operations in a chain, more threads than cores, one answer.
+
+In a process of its own: a pool that loses a task waits for it for ever.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qwenfit.kernels.cpu.library import available_isas, cpu_library
+from qwenfit.kernels.cpu.matmul import add_matmul, dense_matrix
+from qwenfit.kernels.cpu.operations import Program, rows_of
+
+pytestmark = pytest.mark.skipif(not available_isas(), reason="no C compiler, or a processor without the kernels")
+
+# Rows of the matrices of the chain: 1 to 7 tasks of 32, so that their number grows and shrinks from one operation
+# to the next. A thread that came late with the cursor of one operation and the count of the next would compute a task
+# twice or not at all.
+ROWS = [32 * tasks - 5 for tasks in (1, 7, 2, 1, 5, 3, 1, 1, 6, 4)] * 12
+
+
+def chain(values: torch.Tensor) -> tuple[Program, torch.Tensor, list[torch.Tensor]]:
+    """values -> W1 values -> W2 W1 values ..., each product an operation that needs all tasks of the one before."""
+    generator = torch.Generator().manual_seed(0)
+    program, x, outputs = Program(cpu_library()), values, []
+    for rows in ROWS:
+        matrix = torch.randn(rows, x.shape[1], generator=generator) / x.shape[1] ** 0.5
+        y = torch.zeros(1, rows)
+        add_matmul(program, [dense_matrix(matrix, y)], 1, floats=rows_of(x))
+        program.held.extend((x, y))
+        x = y
+        outputs.append(y)
+    return program, x, outputs
+
+
+def test_every_task_is_done_once_and_after_those_before_it() -> None:
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_chain() -> None:
+    program, last, outputs = chain(torch.randn(1, 64, generator=torch.Generator().manual_seed(1)))
+    program.run(threads=1)
+    alone = last.clone()
+    assert alone.abs().sum() > 0
+    for run in range(400):
+        for y in outputs:
+            y.fill_(float("nan"))
+        program.run(threads=2 + run % 5)
+        assert torch.equal(last, alone), f"run {run} on {2 + run % 5} threads"
+
+
+def test_programs_of_several_callers_wait_for_each_other() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    chains = [chain(torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))) for seed in range(4)]
+    expected = []
+    for program, last, _ in chains:
+        program.run(threads=1)
+        expected.append(last.clone())
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(20):
+            list(callers.map(lambda one: one[0].run(threads=3), chains))
+            assert all(torch.equal(last, alone) for (_, last, _), alone in zip(chains, expected, strict=True))
+
+
+if __name__ == "__main__":
+    run_chain()
