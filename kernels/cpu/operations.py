@@ -132,8 +132,8 @@ class Read(ctypes.Structure):
 
 class FindScales(ctypes.Structure):
     _fields_ = _fields(
-        "kind *weight *importance *ratios ratio_count refinements rows columns group_size bits symmetric scale_dtype "
-        "*scales *zeros"
+        "kind *weight *importance *ratios ratio_count refinements rows columns group_size bits symmetric signed_scales "
+        "scale_dtype *scales *zeros"
     )
 
 

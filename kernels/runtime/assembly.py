@@ -102,9 +102,9 @@ class _Builder:
         )
         if source.has(prefix + "in_proj_qkvz"):
             mixed = source.matrix(prefix + "in_proj_qkvz", 2 * keys + 2 * values, size)
-            in_proj: Stacked = (take_rows(mixed, _sorted_rows(config, values // heads)),)
+            in_proj: Stacked = (take_rows(mixed, sorted_rows(config, values // heads)),)
             mixed = source.matrix(prefix + "in_proj_ba", 2 * heads, size)
-            in_proj_ba: Stacked = (take_rows(mixed, _sorted_ba(config)),)
+            in_proj_ba: Stacked = (take_rows(mixed, sorted_ba(config)),)
         else:
             qkv = source.matrix(prefix + "in_proj_qkv", config.conv_dim, size)
             in_proj = stack_rows((qkv, source.matrix(prefix + "in_proj_z", values, size)))
@@ -201,14 +201,14 @@ def _queries_then_gates(heads: int, head_dim: int) -> list[int]:
     return first + [row + head_dim for row in first]
 
 
-def _sorted_rows(config: Configuration, value_dim: int) -> list[int]:
+def sorted_rows(config: Configuration, value_dim: int) -> list[int]:
     """Rows of in_proj_qkvz, key head by key head q, k, v, z, as all of q, of k, of v, of z."""
     per_key = config.linear_num_value_heads // config.linear_num_key_heads * value_dim
     key_dim = config.linear_key_head_dim
     return _regrouped(config.linear_num_key_heads, (key_dim, key_dim, per_key, per_key))
 
 
-def _sorted_ba(config: Configuration) -> list[int]:
+def sorted_ba(config: Configuration) -> list[int]:
     per_key = config.linear_num_value_heads // config.linear_num_key_heads
     return _regrouped(config.linear_num_key_heads, (per_key, per_key))
 

@@ -186,13 +186,15 @@ typedef struct {
 } Read;
 
 /* FIND_SCALES: for every group of a row of `weight` the scale (exact in scale_dtype) and zero with the least sum of
- * importance * error^2, among step * ratios[k] with the zeros next to the range's, then refined by least squares. */
+ * importance * error^2, among step * ratios[k] with the zeros next to the range's, then refined by least squares. signed_scales: a symmetric group whose
+ * largest magnitude is positive gets a negative scale. */
 typedef struct {
     int64_t kind;
     const float *weight;     /* [rows][columns] */
     const float *importance; /* [columns] */
     const float *ratios;
-    int64_t ratio_count, refinements, rows, columns, group_size, bits, symmetric, scale_dtype;
+    int64_t ratio_count, refinements, rows, columns, group_size, bits, symmetric;
+    int64_t signed_scales, scale_dtype;
     float *scales;  /* [rows][columns / group_size] */
     uint8_t *zeros; /* likewise */
 } FindScales;

@@ -53,7 +53,8 @@ static void find_scales_task(FindScales *op, int64_t row, float *scratch)
         high = f_reduce_max(highs), low = -f_reduce_max(f_sub(f_zero(), lows));
         float step, first, last;
         if (op->symmetric) {
-            step = (high > -low ? high : -low) / middle;
+            float largest = high > -low ? high : -low;
+            step = (op->signed_scales && high > -low ? -largest : largest) / middle;
             first = last = middle;
         } else {
             step = (high - low) / top;
@@ -65,14 +66,14 @@ static void find_scales_task(FindScales *op, int64_t row, float *scratch)
         for (float zero = first; zero <= last; zero++)
             for (int64_t k = 0; k < op->ratio_count; k++) {
                 float scale = stored_scale(op->scale_dtype, step * op->ratios[k]);
-                if (!(scale > 0 && scale < INFINITY)) continue;
+                if (!isfinite(scale) || scale == 0) continue;
                 Fit now = fit(x, v, op->group_size, scale, zero, top);
                 if (now.error < best_error)
                     best = now, best_error = now.error, best_scale = scale, best_zero = zero;
             }
         for (int64_t k = 0; k < op->refinements && best.cc > 0; k++) {
             float scale = stored_scale(op->scale_dtype, best.xc / best.cc);
-            if (!(scale > 0 && scale < INFINITY)) break;
+            if (!isfinite(scale) || scale == 0) break;
             Fit now = fit(x, v, op->group_size, scale, best_zero, top);
             if (!(now.error < best_error)) break;
             best = now, best_error = now.error, best_scale = scale;

@@ -1,0 +1,155 @@
+"""One layer from its weights to its codes: the calibration tokens go through it stage by stage (`decoder.py`).
+
+Each stage sums a Hessian over what its matrices read, solves them, and goes on with what they became: so later
+matrices make up for the errors of earlier ones. With a full-precision stream beside it (GPTAQ), that one goes on with
+the original weights, and the targets are its outputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import Activations
+from .decoder import EXPERTS, DecoderLayer, Stream
+from .hessian import CHUNK_TOKENS, Hessian
+from .modules import STAGES, Module
+from .quantized import Scheme
+from .recorder import Recorder
+from .smoother import round_for_inputs, smooth_layer
+from .solve import LEAST_TOKENS, Solved, grid_of, solve_together
+from .tasks import one_thread_each
+from .weights import Weights
+
+SHARED = "mlp.shared_expert."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSolver:
+    """What is the same for every layer. modules: those of one layer by leaf are given to `solve_layer`."""
+
+    weights: Weights
+    recorder: Recorder
+    schemes: Mapping[str, Scheme]
+    scale_dtype: torch.dtype
+    damping: float
+    method: str = "gptq"
+
+    def solve_layer(self, layers: list[DecoderLayer], streams: list[Stream], modules: Mapping[str, Module]) -> None:
+        """Quantize a layer's modules. layers, streams: the quantized one first, then the full-precision one if any.
+
+        The layers hold the original weights; streams end behind the layer.
+        """
+        if self.method == "awq":
+            self._smooth(layers[0], streams[0], modules)
+        for stage in layers[0].stages:
+            if stage == EXPERTS:
+                self._experts(layers, streams, modules)
+                continue
+            inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
+            here = {leaf: modules[leaf] for leaf in STAGES[stage] if leaf in modules}
+            if here and self.method == "gptq":
+                originals = {leaf: layers[0].weights[leaf] for leaf in here}
+                for leaf, solved in self._solve(here, originals, accumulated(inputs)).items():
+                    layers[0].weights[leaf] = solved.weight.dequantize()
+            for layer, stream, x in zip(layers, streams, inputs, strict=True):
+                layer.leave(stage, stream, x)
+                for leaf in STAGES[stage]:
+                    if not leaf.startswith(SHARED):  # "experts" still reads those
+                        layer.weights.pop(leaf, None)
+
+    def _smooth(self, layer: DecoderLayer, stream: Stream, modules: Mapping[str, Module]) -> None:
+        """AWQ of all but experts: solved from one pass, written, and put into the layer for the next one."""
+        grids = {leaf: grid_of(self.schemes[module.name], self.scale_dtype) for leaf, module in modules.items()}
+        found = smooth_layer(layer, stream, grids)
+        for leaf, solved in found.solved.items():
+            self.recorder.write(modules[leaf], solved)
+            layer.weights[leaf] = solved.weight.dequantize()
+        for leaf, tensor in found.plain.items():
+            self.recorder.shards.write(self.weights.layer_names(layer.number)[leaf], tensor.cpu())
+            layer.weights[leaf] = tensor
+
+    def _solve(
+        self, modules: Mapping[str, Module], originals: Mapping[str, Tensor], hessian: Hessian
+    ) -> dict[str, Solved]:
+        schemes = {leaf: self.schemes[module.name] for leaf, module in modules.items()}
+        if self.method == "awq" and hessian.tokens >= LEAST_TOKENS:
+            mean = hessian.mean()
+            grids = {leaf: grid_of(scheme, self.scale_dtype) for leaf, scheme in schemes.items()}
+            solved = {leaf: round_for_inputs(originals[leaf], mean, grids[leaf]) for leaf in modules}
+        else:
+            solved = solve_together(originals, schemes, hessian, self.scale_dtype, self.damping)
+        for leaf, module in modules.items():
+            self.recorder.write(module, solved[leaf])
+        return solved
+
+    def _experts(self, layers: list[DecoderLayer], streams: list[Stream], modules: Mapping[str, Module]) -> None:
+        """A mixture of experts, one after another, each with the tokens that are routed to it.
+
+        So one expert's matrices and Hessians are in memory at a time. Experts aim at their own outputs: the streams
+        need not agree on who gets which token.
+        """
+        inputs = [stream.inner for stream in streams if stream.inner is not None]
+        tokens = [x[:] for x in inputs]
+        outs = [
+            self._shared(layer, x, modules if at == 0 else {})
+            for at, (layer, x) in enumerate(zip(layers, tokens, strict=True))
+        ]
+        routes = [layer.route(x) for layer, x in zip(layers, tokens, strict=True)]
+        for expert in range(layers[0].configuration.num_experts):
+            original = self._expert_weights(layers[0], expert)
+            here = {name: modules.get(f"mlp.experts.{expert}.{name}") for name in original}
+            for at, (x, (chosen, shares), out) in enumerate(zip(tokens, routes, outs, strict=True)):
+                rows, place = (chosen == expert).nonzero(as_tuple=True)
+                result = self._expert(x[rows], original, here if at == 0 else {})
+                out[rows] += result * shares[rows, place, None]
+        for stream, x, out in zip(streams, inputs, outs, strict=True):
+            stream.hidden[:] = stream.hidden[:] + out
+            stream.inner = None
+            x.close()
+
+    def _shared(self, layer: DecoderLayer, x: Tensor, modules: Mapping[str, Module]) -> Tensor:
+        """The shared expert's part of the output, [N, E]; its down projection is solved, gate and up are."""
+        with one_thread_each(x.device):
+            inner, share = layer.gated(x, SHARED), layer.shared_gate(x)
+        leaf = f"{SHARED}down_proj"
+        if leaf in modules:
+            hessian = Hessian(inner.shape[1], x.device)
+            hessian.add(inner)
+            solved = self._solve({leaf: modules[leaf]}, {leaf: layer.weights[leaf]}, hessian)
+            layer.weights[leaf] = solved[leaf].weight.dequantize()
+        with one_thread_each(x.device):
+            return layer.linear(inner, leaf).mul_(share)
+
+    def _expert(self, x: Tensor, original: Mapping[str, Tensor], modules: Mapping[str, Module | None]) -> Tensor:
+        """One expert on its tokens x [n, E]: what comes out of it, [n, E], quantized where there are modules."""
+        weights = dict(original)
+        for names in (("gate_proj", "up_proj"), ("down_proj",)):
+            here = {name: module for name in names if (module := modules.get(name)) is not None}
+            read = x if "gate_proj" in names else self._inner(x, weights)
+            if here:
+                hessian = Hessian(read.shape[1], x.device)
+                if len(read):
+                    hessian.add(read)
+                for name, solved in self._solve(here, {name: original[name] for name in here}, hessian).items():
+                    weights[name] = solved.weight.dequantize()
+        with one_thread_each(x.device):
+            return F.linear(self._inner(x, weights), weights["down_proj"].float())
+
+    def _inner(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        gate, up = (F.linear(x, weights[name].float()) for name in ("gate_proj", "up_proj"))
+        return F.silu(gate).mul_(up)
+
+    def _expert_weights(self, layer: DecoderLayer, expert: int) -> dict[str, Tensor]:
+        return {name: self.weights.expert(layer.number, expert, name) for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def accumulated(inputs: list[Activations]) -> Hessian:
+    """The Hessian of the first stream's activations, with the cross term to the second's where there is one."""
+    hessian = Hessian(inputs[0].columns, inputs[0].device, cross=len(inputs) > 1)
+    for at in range(0, len(inputs[0]), CHUNK_TOKENS):
+        rows = slice(at, at + CHUNK_TOKENS)
+        hessian.add(inputs[0][rows], inputs[1][rows] if len(inputs) > 1 else None)
+    return hessian

@@ -1,0 +1,308 @@
+"""`quantize`: a checkpoint in, a smaller one out, layer by layer in bounded memory.
+
+Read a layer, run the calibration tokens up to the first matrices, solve these, go on with what they became, write,
+free, next layer (`layer_solver.py`). What is not quantized is copied beforehand. The result has its name only when it
+is complete; until then a run may be killed at any moment and gone on with (`journal.py`), and gives the same bytes as
+one that was not.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.runtime.configuration import read_configuration
+from ..profiles.errors import BadInput, Unsupported
+from . import awq_file, compressed_tensors_file, gptq_file
+from .activations import Activations
+from .calibration import Text, choose_sequences, read_text, read_tokenizer
+from .card import Card, model_card
+from .decoder import DecoderLayer, Stream
+from .journal import Journal
+from .layer_solver import LayerSolver
+from .modules import Module, list_modules
+from .output import open_output
+from .recipe import KEEP, Recipe, resolve
+from .recorder import Progress, Recorder, Result
+from .shards import Entry, Shards
+from .solve import round_to_nearest
+from .source import Source, open_source
+from .weights import Weights
+
+FILES: dict[str, Any] = {"compressed-tensors": compressed_tensors_file, "gptq": gptq_file, "awq": awq_file}
+PROCESS_BYTES = 500_000_000
+"""Python, torch and what its allocator keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `quantize` made. bits_per_weight: of quantized modules, scales and zero points included.
+
+    fallbacks: experts that no calibration token reached. seconds: of this run alone, where it was resumed.
+    """
+
+    target: str
+    bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    results: tuple[Result, ...]
+    fallbacks: tuple[str, ...]
+    recipe: Recipe
+    calibration: str
+    seconds: float
+    resumed: bool
+
+
+def quantize(
+    source: str,
+    target: str,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    device: str = "cpu",
+    max_ram_bytes: int | None = None,
+    command: str = "",
+    watch: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Quantize the checkpoint that `source` names into the folder `target`.
+
+    max_ram_bytes: activations go to files beside the result where everything together would take more. command: for
+    the model card. watch: called after every module. `QwenfitError` in one sentence for whatever is wrong; the source
+    is never written to, and what was done so far stays for `resume`.
+    """
+    started = time.monotonic()
+    job = _Job(open_source(source), recipe, torch.device(device))
+    identity, spills = job.identity(), job.spills(max_ram_bytes)
+    if job.tokens is not None:
+        job.weights.check_tokens(job.tokens)
+    output = open_output(target, job.source.folder, overwrite=overwrite, resume=resume)
+    journal = Journal(output, identity)
+    state = journal.read()
+    shards = Shards(output.folder, job.entries(), resume=output.resumed)
+    done = state["results"] if state else ()
+    recorder = Recorder(shards, job.file, job.schemes, job.configuration.num_layers, done, watch)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".activations-", dir=output.folder) as scratch:
+            job.work(shards, recorder, journal, state, scratch if spills else None)
+        shards.finish()
+    finally:
+        shards.close()
+    seconds = time.monotonic() - started
+    summary = job.summary(output.target, shards.total_bytes, recorder.results, seconds, state is not None)
+    texts = {"README.md": model_card(job.card(summary, command)), "recipe.yaml": job.recipe.text()}
+    output.finish(job.source, job.file.quantization_config(job.schemes, job.kept()), texts)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What `quantize` would make, in bytes, without making it. modules: how many are quantized."""
+
+    bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    modules: int
+    recipe: Recipe
+
+
+def sizes(source: str, recipe: Recipe) -> Sizes:
+    """Exact, from the headers of the source: nothing is read or written. `QwenfitError` as of `quantize`."""
+    job = _Job(open_source(source), recipe, torch.device("cpu"))
+    size_bytes = sum(entry.bytes for entry in job.entries())
+    return Sizes(size_bytes, job.source_bytes, job.bits_per_weight(size_bytes), len(job.modules), job.recipe)
+
+
+class _Job:
+    """A source with its recipe resolved."""
+
+    def __init__(self, source: Source, recipe: Recipe, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.configuration = read_configuration(source.folder)
+        self.recipe = recipe.completed(self.configuration.is_moe)
+        if self.recipe.format not in FILES:
+            raise Unsupported(f"--format {self.recipe.format}: this way writes {', '.join(FILES)}")
+        self.file = FILES[self.recipe.format]
+        found = list_modules(source)
+        if self.recipe.lm_head != KEEP and not any(module.part == "lm_head" for module in found):
+            raise Unsupported("the head shares the embedding's weights, which stay as they are: leave out --lm-head")
+        self.schemes, _ = resolve(self.recipe, found)
+        self.modules = [module for module in found if module.name in self.schemes]
+        self.taken = {module.tensor for module in self.modules}
+        self.weights = Weights(source, found, device)
+
+    @cached_property
+    def text(self) -> Text | None:
+        """What it is calibrated on; None without calibration."""
+        return read_text(self.recipe.calibration) if self.recipe.needs_calibration else None
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """int64 [n, L]; None without calibration."""
+        if self.text is None:
+            return None
+        length = min(self.recipe.sequence_tokens, self.configuration.max_position_embeddings)
+        tokenizer = read_tokenizer(self.source.folder)
+        return choose_sequences(self.text, tokenizer, self.recipe.tokens, length, self.recipe.seed)
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run has to have in common with the first."""
+        recipe = self.recipe.text() + (self.text.sha256 if self.text else "")
+        return {"source": self.source.fingerprint(), "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
+
+    def entries(self) -> Iterable[Entry]:
+        """Every tensor of the result, in the order of the source."""
+        quantized: dict[str, list[Module]] = {}
+        for module in self.modules:
+            quantized.setdefault(module.tensor, []).append(module)
+        for name in self.source.names():
+            if name not in quantized:
+                yield Entry(name, self.source.dtype(name), self.source.shape(name))
+            for module in quantized.get(name, ()):
+                try:
+                    parts = self.file.module_entries(module.rows, module.columns, self.schemes[module.name])
+                except ValueError as error:
+                    raise BadInput(f"{module.name}: {error}; keep it with a rule, or take another format") from error
+                yield from (Entry(f"{module.name}.{ending}", *part) for ending, part in parts.items())
+
+    def kept(self) -> list[str]:
+        """Every other matrix of the result."""
+        plain = (name for name in self.source.names() if name.endswith(".weight") and name not in self.taken)
+        return [name.removesuffix(".weight") for name in plain if len(self.source.shape(name)) == 2]
+
+    def work(
+        self, shards: Shards, recorder: Recorder, journal: Journal, state: Mapping[str, Any] | None, folder: str | None
+    ) -> None:
+        """Everything that `state` does not call done. folder: where activations go; None keeps them in memory."""
+        first = int(state["layer"]) if state else 0
+        streams = self._streams(journal, first, folder)
+        if state is None:
+            for name in self.source.names():
+                if name not in self.taken:
+                    shards.copy(name, self.source)
+            self._save(shards, recorder, journal, 0, streams)
+        solver = LayerSolver(
+            self.weights, recorder, self.schemes, self.file.SCALE_DTYPE, self.recipe.damping, str(self.recipe.method)
+        )
+        for number in range(first, self.configuration.num_layers):
+            modules = {module.leaf: module for module in self.modules if module.layer == number}
+            if streams:
+                originals = self.weights.layer(number)
+                layers = [DecoderLayer(originals, self.configuration, number) for _ in streams]
+                solver.solve_layer(layers, streams, modules)
+            else:
+                self._round(modules.values(), recorder)
+            recorder.layer_done(number)
+            self._save(shards, recorder, journal, number + 1, streams)
+        self._round([module for module in self.modules if module.layer is None], recorder)
+        shards.sync()
+
+    def spills(self, max_ram_bytes: int | None) -> bool:
+        """Whether activations have to go to files; `BadInput` where even that is not enough."""
+        if max_ram_bytes is None:
+            return False
+        config = self.configuration
+        largest = max(module.rows * module.columns for module in self.modules)
+        fixed = PROCESS_BYTES + 4 * 4 * largest
+        activations = 0
+        if self.tokens is not None:
+            widest = max(module.columns for module in self.modules)
+            fixed += self.weights.layer_bytes(0) + 2 * 4 * widest**2
+            inner = max(config.intermediate_size, config.value_dim, config.num_attention_heads * config.head_dim)
+            streams = 1 + self.recipe.full_precision_targets
+            activations = 4 * self.tokens.numel() * streams * (2 * config.hidden_size + inner)
+        if fixed > max_ram_bytes:
+            raise BadInput(
+                f"--max-ram {max_ram_bytes:,} bytes: about {fixed:,} are needed beside activations; give that, or take "
+                "--method rtn"
+            )
+        return fixed + activations > max_ram_bytes
+
+    def _round(self, modules: Iterable[Module], recorder: Recorder) -> None:
+        for module in modules:
+            weight = self.weights.module(module)
+            recorder.write(module, round_to_nearest(weight, self.schemes[module.name], self.file.SCALE_DTYPE))
+
+    def _streams(self, journal: Journal, layer: int, folder: str | None) -> list[Stream]:
+        """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
+        if self.tokens is None:
+            return []
+        columns, rows, count = (
+            self.configuration.hidden_size,
+            self.tokens.numel(),
+            1 + self.recipe.full_precision_targets,
+        )
+        entering = journal.hidden(layer, count * rows, columns) if layer else None
+        streams = []
+        for at in range(count):
+            path = None if folder is None else os.path.join(folder, f"hidden-{at}")
+            hidden = Activations(rows, columns, self.device, path)
+            hidden[:] = (
+                self.weights.embedded(self.tokens) if entering is None else entering[at * rows : (at + 1) * rows]
+            )
+            streams.append(Stream(hidden, self.tokens.shape[1], folder=folder))
+        return streams
+
+    def _save(self, shards: Shards, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
+        shards.sync()
+        hidden = torch.cat([stream.hidden[:].cpu() for stream in streams]) if streams and layer else None
+        journal.write(layer, recorder.as_json(), hidden)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(self.source.bytes(name) for name in self.source.names())
+
+    def bits_per_weight(self, size_bytes: int) -> float:
+        """Of quantized modules, in a result of so many bytes."""
+        others = sum(self.source.bytes(name) for name in self.source.names() if name not in self.taken)
+        return 8 * (size_bytes - others) / sum(module.rows * module.columns for module in self.modules)
+
+    def summary(
+        self, target: str, size_bytes: int, results: Iterable[Result], seconds: float, resumed: bool
+    ) -> Summary:
+        results, method = tuple(results), self.recipe.method
+        return Summary(
+            target=target,
+            bytes=size_bytes,
+            source_bytes=self.source_bytes,
+            bits_per_weight=self.bits_per_weight(size_bytes),
+            results=results,
+            fallbacks=tuple(one.module for one in results if ".experts." in one.module and one.method != method),
+            recipe=self.recipe,
+            calibration=self._calibration(),
+            seconds=seconds,
+            resumed=resumed,
+        )
+
+    def card(self, summary: Summary, command: str) -> Card:
+        return Card(
+            name=os.path.basename(summary.target),
+            format=self.recipe.format,
+            method=str(self.recipe.method),
+            command=command or "qwenfit.quant.quantize(...)",
+            versions={name: importlib.metadata.version(name) for name in ("qwenfit", "torch")},
+            seed=self.recipe.seed,
+            recipe=self.recipe.text(),
+            calibration=summary.calibration,
+            source_fingerprint=self.source.fingerprint(),
+            bytes=summary.bytes,
+            source_bytes=summary.source_bytes,
+            bits_per_weight=summary.bits_per_weight,
+            has_vision=any("visual." in name for name in self.source.names()),
+            errors={one.module: one.error for one in summary.results if one.error is not None},
+            fallbacks=summary.fallbacks,
+        )
+
+    def _calibration(self) -> str:
+        if self.text is None or self.tokens is None:
+            return "none"
+        count, length = self.tokens.shape
+        return f"{count * length} tokens of {self.text.name} in sequences of {length}"

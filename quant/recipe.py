@@ -1,0 +1,229 @@
+"""What is to be quantized, how: options of the command, a YAML file over them, and the scheme of every module.
+
+A recipe file says what the options say, under the same names, and more about single modules:
+
+    bits: 4
+    group_size: 128
+    method: gptq
+    modules:                        # the first that matches a module's full name wins; 16 keeps it as it is
+      - {match: "linear_attn\\.out_proj$", bits: 8}
+      - {match: "layers\\.(0|1)\\..*", bits: 8, group_size: 64}
+
+`resolve` turns it into a scheme per module. What engines fuse gets one scheme: a rule that names one of them names all.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..profiles.errors import BadInput, Unsupported
+from .module_rules import check_fused, fused_with
+from .modules import Module
+from .quantized import Scheme
+
+METHODS = ("gptq", "awq", "rtn")
+FORMATS = ("compressed-tensors", "gptq", "awq", "gguf")
+GROUP_SIZES = (32, 64, 128, -1)
+KEEP = 16
+LIMIT_BYTES = 1 << 20
+MOST_PATTERN = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """match: a regular expression searched in a module's full name. bits: 4, 8, or 16 to keep it as it is."""
+
+    match: str
+    bits: int
+    group_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What `quantize` takes. None where the answer follows from the rest: `completed` fills it in.
+
+    symmetric: None is asymmetric where the format and its loaders take it. method: None is gptq for 4 bits and rtn for
+    8, which needs no calibration. activation_bits: 8 for W8A8. lm_head, shared_experts, mtp: bits, 16 keeps them.
+    calibration: a file, None the text that ships with the package. full_precision_targets: gptq aims at the outputs of
+    the full-precision stream (GPTAQ), for a second forward pass per layer.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool | None = None
+    method: str | None = None
+    format: str = "compressed-tensors"
+    activation_bits: int | None = None
+    lm_head: int = KEEP
+    shared_experts: int = KEEP
+    mtp: int = KEEP
+    calibration: str | None = None
+    tokens: int = 8192
+    sequence_tokens: int = 512
+    seed: int = 0
+    damping: float = 0.01
+    full_precision_targets: bool = False
+    modules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, (4, 8))
+        _check("group_size", self.group_size, GROUP_SIZES)
+        _check("method", self.method, (*METHODS, None))
+        _check("format", self.format, FORMATS)
+        _check("activation_bits", self.activation_bits, (8, None))
+        for name in ("lm_head", "shared_experts", "mtp"):
+            _check(name, getattr(self, name), (4, 8, KEEP))
+        for name in ("tokens", "sequence_tokens"):
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 1 << 24:
+                raise BadInput(f"{name} is {getattr(self, name)!r}: give a number from 1 to 16,777,216")
+        if not 0 < self.damping < 1:
+            raise BadInput(f"damping is {self.damping!r}: give a part of the mean diagonal, 0.01 for instance")
+        for rule in self.modules:
+            _check("bits of a rule", rule.bits, (4, 8, KEEP))
+            _check("group_size of a rule", rule.group_size, (*GROUP_SIZES, None))
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method in ("gptq", "awq")
+
+    def completed(self, is_moe: bool) -> "Recipe":
+        """With what was left open. `Unsupported` for combinations that no format or loader has."""
+        method = self.method or ("rtn" if self.bits == 8 or self.activation_bits else "gptq")
+        symmetric = self.symmetric
+        if symmetric is None:
+            # compressed-tensors with zero points loads everywhere but in experts (`compressed_tensors_file.py`).
+            takes_zeros = self.format == "awq" or (self.format == "compressed-tensors" and not is_moe)
+            symmetric = not (takes_zeros and self.bits == 4)
+        whole = replace(self, method=method, symmetric=symmetric)
+        if whole.activation_bits:
+            whole = replace(whole, bits=8, group_size=-1, symmetric=True)
+        if whole.format == "awq" and (whole.bits != 4 or whole.symmetric):
+            raise Unsupported("AWQ files hold asymmetric 4-bit weights only: take --format compressed-tensors or gptq")
+        if whole.activation_bits and whole.format != "compressed-tensors":
+            raise Unsupported(f"{whole.format} stores weights only: W8A8 is for --format compressed-tensors")
+        if whole.bits == 8 and whole.symmetric is False:
+            raise Unsupported("8-bit weights are written symmetric: leave out --asym")
+        return whole
+
+    def text(self) -> str:
+        """The recipe as YAML, resolved: what is written beside the checkpoint."""
+        import yaml
+
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        values["modules"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.modules]
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_recipe(path: str, base: Recipe) -> Recipe:
+    """`base` with what the YAML file at `path` says instead. `BadInput`, naming file and key, for anything else."""
+    import yaml
+
+    try:
+        if os.path.getsize(path) > LIMIT_BYTES:
+            raise BadInput(f"{path} has more than {LIMIT_BYTES:,} bytes: that is no recipe")
+        with open(path, encoding="utf-8") as file:
+            data = yaml.safe_load(file.read(LIMIT_BYTES))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: a recipe is a list of `name: value`")
+    known = {field.name: field for field in fields(Recipe)}
+    for name in data:
+        if name not in known:
+            raise BadInput(f"{path}: {str(name)[:80]!r} is not one of {', '.join(known)}")
+    values = {name: value for name, value in data.items() if name != "modules"}
+    for name, value in values.items():
+        if not isinstance(value, _types(name)) or (
+            isinstance(value, bool) != isinstance(getattr(Recipe(), name), bool) and name != "symmetric"
+        ):
+            raise BadInput(f"{path}: {name} is {str(value)[:80]!r}")
+    if "modules" in data:
+        values["modules"] = tuple(_rule(path, entry) for entry in _list(path, data["modules"]))
+    try:
+        return replace(base, **values)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def resolve(recipe: Recipe, modules: Iterable[Module]) -> tuple[dict[str, Scheme], list[str]]:
+    """(module -> scheme for what is quantized, modules that stay) of a completed recipe.
+
+    Groups that do not divide a module's columns are an error that names it, unless its rule or kind keeps it.
+    """
+    modules = list(modules)
+    wanted: dict[str, Scheme | None] = {}
+    for module in modules:
+        key = fused_with(module.name)
+        rule = _first_rule(recipe.modules, module.name)
+        if key in wanted and rule is None:
+            continue
+        wanted[key] = _scheme(recipe, module, rule)
+    schemes, kept = {}, []
+    for module in modules:
+        scheme = wanted[fused_with(module.name)]
+        if scheme is None:
+            kept.append(module.name)
+            continue
+        try:
+            scheme.groups(module.columns)
+        except ValueError as error:
+            raise BadInput(f"{module.name}: {error}; choose another group size, or keep it with a rule") from error
+        schemes[module.name] = scheme
+    if not schemes:
+        raise BadInput("the recipe keeps every module: there is nothing to quantize")
+    check_fused(schemes, kept)
+    return schemes, kept
+
+
+def _scheme(recipe: Recipe, module: Module, rule: Rule | None) -> Scheme | None:
+    bits = rule.bits if rule else _bits_by_part(recipe, module)
+    if bits == KEEP:
+        return None
+    group_size = rule.group_size if rule and rule.group_size else recipe.group_size
+    symmetric = bool(recipe.symmetric) or bits == 8
+    return Scheme(bits, group_size, symmetric, recipe.activation_bits if bits == 8 else None)
+
+
+def _bits_by_part(recipe: Recipe, module: Module) -> int:
+    if module.part in ("lm_head", "mtp", "shared_experts"):
+        return getattr(recipe, module.part)
+    return recipe.bits
+
+
+def _first_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
+    return next((rule for rule in rules if re.search(rule.match, name)), None)
+
+
+def _check(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known or isinstance(value, bool):
+        shown = ", ".join(str(one) for one in known if one is not None)
+        raise BadInput(f"{name} is {value!r}: it is one of {shown}")
+
+
+def _types(name: str) -> tuple[type, ...]:
+    if name in ("method", "format", "calibration"):
+        return (str,)
+    return (float, int) if name == "damping" else (bool,) if name in ("symmetric", "full_precision_targets") else (int,)
+
+
+def _list(path: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) > 1000:
+        raise BadInput(f"{path}: modules is a list of at most 1,000 rules like {{match: ..., bits: 8}}")
+    return value
+
+
+def _rule(path: str, entry: Any) -> Rule:
+    if not isinstance(entry, Mapping) or not {"match", "bits"} <= set(entry) <= {"match", "bits", "group_size"}:
+        raise BadInput(f"{path}: a rule is {{match: ..., bits: 4, 8 or 16, group_size: ...}}, not {str(entry)[:80]!r}")
+    match = entry["match"]
+    try:
+        if not isinstance(match, str) or len(match) > MOST_PATTERN:
+            raise re.error("not a text of at most 1,000 characters")
+        re.compile(match)
+    except re.error as error:
+        raise BadInput(f"{path}: match {str(match)[:80]!r} is no regular expression ({error})") from error
+    return Rule(match, entry["bits"], entry.get("group_size"))

@@ -1,0 +1,51 @@
+"""Work in pieces of a fixed size, one piece per thread: the same bytes come out whatever the number of threads.
+
+A BLAS that shares one product among its threads cuts it differently for two threads than for one, and then sums in
+another order. Here the pieces are cut beforehand, by sizes that do not know how many threads there are, and every
+piece is computed by one thread with torch set to one. It also spares the barriers of an OpenMP team, which on a shared
+machine spin for most of the time that a small operation takes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+
+class Tasks:
+    """What `one_thread_each` yields: `run` calls functions on its threads."""
+
+    def __init__(self, pool: Executor | None) -> None:
+        self._pool = pool
+
+    def run(self, function: Callable[[int], object], arguments: Iterable[int]) -> None:
+        """Call `function` with every argument and return when all are done; the first exception is raised again."""
+        if self._pool is None:
+            for argument in arguments:
+                function(argument)
+            return
+        for future in [self._pool.submit(function, argument) for argument in arguments]:
+            future.result()
+
+
+@contextmanager
+def one_thread_each(device: torch.device | str = "cpu") -> Iterator[Tasks]:
+    """As many threads as torch.get_num_threads() says, each with a torch of one thread; only the caller for a GPU.
+
+    torch's setting is the process's: do not enter it in two threads at once.
+    """
+    if torch.device(device).type != "cpu":
+        yield Tasks(None)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            yield Tasks(None)
+        else:
+            # torch keeps the number per thread and starts a new thread with the process's.
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield Tasks(pool)
+    finally:
+        torch.set_num_threads(threads)
