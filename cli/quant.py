@@ -71,8 +71,8 @@ def _run(function: Callable[..., None], arguments: list[str], name: str | None) 
     except usage_error as error:
         say(f"qwen-quant: {clean(error.format_message()).rstrip('.')}; `qwen-quant --help` shows what there is")
         return 2
-    except typer.Abort:
-        return 130
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
     return status if isinstance(status, int) else 0
 
 
