@@ -71,8 +71,10 @@ def _run(function: Callable[..., None], arguments: list[str], name: str | None) 
     except usage_error as error:
         say(f"qwen-quant: {clean(error.format_message()).rstrip('.')}; `qwen-quant --help` shows what there is")
         return 2
-    except typer.Abort as error:
-        raise KeyboardInterrupt from error
+    except typer.Abort:
+        status = 130
+    if status == 130:  # what Typer makes of Ctrl-C, by version
+        raise KeyboardInterrupt
     return status if isinstance(status, int) else 0
 
 
