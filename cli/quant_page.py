@@ -1,8 +1,6 @@
 """What `qwen-quant` shows: a line while it works, and pages for what came of it, as text or as one JSON document."""
 
 import json as json_module
-import resource
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -48,17 +46,15 @@ class ProgressLine:
 
 def summary_page(summary: "Summary", as_json: bool) -> str:
     """What was made, and its worst modules."""
-    peak_bytes = peak_memory_bytes()
     if as_json:
-        data = asdict(summary) | {"schema": SCHEMA, "peak_memory_bytes": peak_bytes}
-        return _document(data)
+        return _document(asdict(summary) | {"schema": SCHEMA})
     rows = [
         ("checkpoint", summary.target),
         ("size", f"{size(summary.bytes)} of {size(summary.source_bytes)} ({summary.bytes / summary.source_bytes:.0%})"),
         ("bits per weight", f"{summary.bits_per_weight:.2f} in {len(summary.results):,} quantized modules"),
         ("calibration", summary.calibration),
         ("time", duration(summary.seconds) + (" since it was resumed" if summary.resumed else "")),
-        ("peak memory", size(peak_bytes)),
+        ("peak memory", size(summary.peak_memory_bytes)),
     ]
     lines = columns(rows)
     measured = sorted((one for one in summary.results if one.error is not None), key=lambda one: -(one.error or 0))
@@ -135,12 +131,6 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min" if minutes >= 10 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def peak_memory_bytes() -> int:
-    """Of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _document(data: dict[str, Any]) -> str:

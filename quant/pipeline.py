@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.runtime.configuration import read_configuration
+from ..kernels.runtime.process_memory import peak_bytes
 from ..profiles.errors import BadInput, Unsupported
 from . import awq_file, compressed_tensors_file, gptq_file
 from .activations import Activations
@@ -46,7 +47,8 @@ PROCESS_BYTES = 500_000_000
 class Summary:
     """What `quantize` made. bits_per_weight: of quantized modules, scales and zero points included.
 
-    fallbacks: experts that no calibration token reached. seconds: of this run alone, where it was resumed.
+    fallbacks: experts that no calibration token reached. seconds, peak_memory_bytes: of
+    this run alone, where it was resumed, and of its whole process.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Summary:
     recipe: Recipe
     calibration: str
     seconds: float
+    peak_memory_bytes: int
     resumed: bool
 
 
@@ -279,6 +282,7 @@ class _Job:
             recipe=self.recipe,
             calibration=self._calibration(),
             seconds=seconds,
+            peak_memory_bytes=peak_bytes(torch.device("cpu")),
             resumed=resumed,
         )
 
