@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status. Whatever goes wrong is one sentence on stderr; QWENFIT_DEBUG=1 adds the traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[..., None]] = {"inspect": _inspect, "eval": _eval}
+    commands: dict[str, Callable[..., int | None]] = {"inspect": _inspect, "eval": _eval}
     command = commands.get(given[0]) if given else None
     try:
         return _run(
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
 
 
-def _run(function: Callable[..., None], arguments: list[str], name: str | None) -> int:
+def _run(function: Callable[..., int | None], arguments: list[str], name: str | None) -> int:
     app = typer.Typer(
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

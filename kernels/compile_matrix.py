@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def _belongs(case: str, kernel: str) -> bool:
 
 def compile_all(pairs: Sequence[Pair], jobs: int = 1, limit_s: float = LIMIT_S) -> Iterator[Row]:
     """A row per case and target, in their order; up to `jobs` at a time, each given up after `limit_s`."""
+    _read_triton_once()
     fork = multiprocessing.get_context("fork")
     rows: dict[int, Row] = {}
     running: dict[Connection, tuple[int, Any, float]] = {}
@@ -106,6 +108,14 @@ def compile_all(pairs: Sequence[Pair], jobs: int = 1, limit_s: float = LIMIT_S) 
     finally:
         for _, process, _ in running.values():
             process.kill()
+
+
+def _read_triton_once() -> None:
+    """The name of an entry in Triton's cache holds the hash of all of Triton, 2 s of CPU; forks find it in memory."""
+    with suppress(ImportError):  # older versions keep it elsewhere, and take their 2 s
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def _compile_into(pipe: Connection, case: CompileCase, where: Target) -> None:
@@ -217,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gone = [(name, where) for name in held for where in held[name] if where not in summaries.get(name, {})]
         broken += [f"{name} on {where} is in the golden file and nowhere else" for name, where in gone]
     if chosen.write:
-        kept = {} if everything else golden["rows"]
+        kept = {} if everything else read_golden()["rows"]  # as it is now: another run may have written meanwhile
         merged = {name: {**kept.get(name, {}), **summaries.get(name, {})} for name in {*kept, *summaries}}
         GOLDEN.write_text(golden_text(triton.__version__, merged), encoding="utf-8")
     print(f"\n{len(pairs)} compiled, {len(broken)} budgets broken", *broken, sep="\n")

@@ -33,7 +33,7 @@ class Activations:
             return self._tensor[at]
         start, stop, _ = at.indices(self.rows)
         part = torch.empty(stop - start, self.columns)
-        buffer, offset = memoryview(part.numpy()).cast("B"), 4 * self.columns * start
+        buffer, offset = part.view(-1).view(torch.uint8).numpy().data, 4 * self.columns * start
         while buffer:
             count = os.preadv(self._file, [buffer], offset)
             if count == 0:
@@ -48,10 +48,8 @@ class Activations:
         start, stop, _ = at.indices(self.rows)
         if part.shape != (stop - start, self.columns):
             raise ValueError(f"{list(part.shape)} for rows {start} to {stop} of {self.columns} columns")
-        buffer, offset = (
-            memoryview(part.detach().float().cpu().contiguous().numpy()).cast("B"),
-            4 * self.columns * start,
-        )
+        rows = part.detach().float().cpu().contiguous()
+        buffer, offset = rows.view(-1).view(torch.uint8).numpy().data, 4 * self.columns * start
         try:
             while buffer:
                 count = os.pwritev(self._file, [buffer], offset)

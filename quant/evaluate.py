@@ -239,8 +239,8 @@ def _score(pair: tuple[_Opened, _Opened], streams: list[Tensor], tokens: Tensor,
     rows = max(1, SCORE_BYTES // (4 * config.vocab_size))
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
-        logits = [_logits(final[part], head) for final, head in zip(finals, heads, strict=True)]
-        yield from _compare(*logits, targets[part])
+        first, second = (_logits(final[part], head) for final, head in zip(finals, heads, strict=True))
+        yield from _compare(first, second, targets[part])
 
 
 def _are_equal(one: Weight, other: Weight) -> bool:

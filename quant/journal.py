@@ -63,7 +63,7 @@ class Journal:
         try:
             if hidden is not None:
                 with open(self._hidden_path(layer), "wb") as file:
-                    file.write(memoryview(hidden.contiguous().numpy()).cast("B"))
+                    file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy().data)
                     file.flush()
                     os.fsync(file.fileno())
             path = self.output.journal("state.json")

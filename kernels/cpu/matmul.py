@@ -231,7 +231,7 @@ def add_matmul(
 
 
 def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
-    """Tiles of 32 rows in a task: many make the reading of scales cheap (csrc/matmul.h), and every thread wants some."""
+    """Tiles of 32 rows in a task: many make reading scales cheap (csrc/matmul.h), and every thread wants some."""
     if rows > GEMV_TOKENS and not slots:
         return 1
     tiles = sum(-(-matrix.rows // TILE_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))

@@ -96,12 +96,11 @@ def attention_decode_kernel(
     sum_ = tl.zeros([ROWS, D], tl.float32)
     for first in range(begin, end, TOKENS):
         n = first + tl.arange(0, TOKENS)
-        keys = tl.load(key_base + n[:, None] * D + d[None, :])
+        at = n[:, None] * D + d[None, :]
+        keys = load_codes(key_base, n, 0, D, D, dtype) if INT8 else tl.load(key_base + at)
+        scores = tl.dot(queries, tl.trans(keys)) * score_scale
         if INT8:
-            scores = tl.dot(queries, tl.trans(widen(keys, dtype))) * score_scale
             scores *= tl.load(key_scales + base + n)[None, :]
-        else:
-            scores = tl.dot(queries, tl.trans(keys)) * score_scale
         scores = tl.where(n[None, :] <= last[:, None], scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -110,17 +109,17 @@ def attention_decode_kernel(
         total = total * decay + tl.sum(weights, 1)
         if INT8:
             weights *= (tl.load(value_scales + base + n, mask=n < end, other=0.0) * 127.0)[None, :]
-            values = widen(tl.load(value_base + n[:, None] * D + d[None, :]), dtype)
+            values = load_codes(value_base, n, 0, D, D, dtype)
         else:
-            values = tl.load(value_base + n[:, None] * D + d[None, :], mask=(n < end)[:, None], other=0.0)
+            values = tl.load(value_base + at, mask=(n < end)[:, None], other=0.0)
         sum_ = tl.dot(weights.to(dtype), values, sum_ * decay[:, None])
         maximum = higher
     out_row = (sequence.to(tl.int64) * new_tokens + token) * (key_heads * GROUP) + head
-    at = out_row * SPLITS + split
-    tl.store(statistics + at * 2, maximum, mask=exists)
-    tl.store(statistics + at * 2 + 1, total, mask=exists)
+    at_split = out_row * SPLITS + split
+    tl.store(statistics + at_split * 2, maximum, mask=exists)
+    tl.store(statistics + at_split * 2 + 1, total, mask=exists)
     if begin < end:
-        tl.store(sums + at[:, None] * D + d[None, :], sum_, mask=exists[:, None])
+        tl.store(sums + at_split[:, None] * D + d[None, :], sum_, mask=exists[:, None])
 
 
 @triton.jit
@@ -189,12 +188,24 @@ def attention_decode_rows_kernel(
 
 
 @triton.jit
+def load_codes(first, n, begin: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):
+    """Rows n of int8 codes [.., D] at `first`, their columns begin ... begin + COUNT - 1, as `dtype` [n, COUNT].
+
+    Read as words of four codes. Bytes would be asked for eight at a time at most: Triton moves the layout of the dot
+    through everything elementwise to the load, and takes the width of the bfloat16 operand there; then it reads shared
+    memory (on ROCm global memory) byte by byte. Past `interleave` no layout moves.
+    """
+    words = first.to(tl.pointer_type(tl.int32), bitcast=True) + begin // 4 + n[:, None] * (D // 4)
+    words = tl.load(words + tl.arange(0, COUNT // 4)[None, :])
+    even = tl.interleave(widen(words.to(tl.int8), dtype), widen((words >> 16).to(tl.int8), dtype))
+    odd = tl.interleave(widen((words >> 8).to(tl.int8), dtype), widen((words >> 24).to(tl.int8), dtype))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
 def widen(codes, dtype: tl.constexpr):
     """int8 codes as `dtype`, exactly, and without the rounding that a cast to bfloat16 costs where no instruction has
     it.
-
-    It also keeps the tile's layout: with a plain cast Triton moves the change to the layout of the dot before it, and
-    then reads bytes from shared memory (on ROCm from global memory) one by one.
     """
     if dtype == tl.bfloat16:
         bits = codes.to(tl.float32).to(tl.int32, bitcast=True) >> 16  # 8 significant bits: nothing is cut off
@@ -370,6 +381,9 @@ def compile_cases(target: Target) -> tuple[CompileCase, ...]:
 
     def add(name: str, kernel: Any, kind: str, int8: bool, group: int, chosen: Configuration) -> None:
         scales = ("key_scales", "value_scales")
+        # RDNA 3 lays 8 of a tile's 16 scales into every thread, one load each and twice, beside two loads of codes, 128
+        # bits wide; half as many warps would load twice the codes a thread, and spill.
+        few_codes = int8 and chosen.rows > 0 and target.name.startswith("gfx11")
         cases.append(
             CompileCase(
                 name=name,
@@ -403,6 +417,7 @@ def compile_cases(target: Target) -> tuple[CompileCase, ...]:
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
                 matrix=chosen.rows > 0,
+                least_wide_share=0.33 if few_codes else 0.5,
                 options=chosen.options,
                 large=("key_cache", "value_cache"),
             )

@@ -7,11 +7,11 @@ One program takes ROWS neighbouring tokens of one sequence and one query head; i
 weights rounded to the model's dtype, values by dot into a float32 tile [ROWS, D] in registers; at the end it divides,
 multiplies by sigmoid(gate), rounds once. Every row is one program's: nothing is added across programs.
 
-Grid: (tiles, H). How many tiles a sequence has is known on the device only, so the host launches an upper bound, T /
-ROWS + B, and every program finds its own: it loads all lengths (B of them, padded to a power of two), counts tiles per
-sequence and sums them up; those beyond the last one leave. The count runs backwards, because the last tiles of a long
-chunk see the most keys and should not start last. Heads that share keys are neighbours in the second index of the grid,
-so a key that one of them brought is in L2 for the others.
+Grid: (tiles, H, SPLIT). How many tiles a sequence has is known on the device only, so the host launches an upper bound,
+T / ROWS + B, and every program finds its own: it loads all lengths (B of them, padded to a power of two), counts tiles
+per sequence and sums them up; those beyond the last one leave. The count runs backwards: the last tiles of a long chunk
+see the most keys and should not start last. Heads that share keys are neighbours in the second index, so a key that one
+of them brought is in L2 for the others. SPLIT: 1; on RDNA 2 programs have a half of the values' columns each.
 
 The chunk's own keys are in the cache already. Positions past a tile's last token are masked: scores become -inf, values
 are masked at the load, because what lies there may be NaN and 0 x NaN is NaN. Tiles of keys start at multiples of
@@ -21,8 +21,8 @@ Why these tiles: with D = 256 the sum alone is ROWS x 256 float32, 128 registers
 or 128 rows in 8. Per key and program 4 D ROWS flops stand against 4 D bytes from L2, so ROWS flops per byte: the fast
 devices need 128. `configuration` has what compiles without spills in the shared memory that there is.
 
-Turing and float32 models have no matrix unit in Triton: `attend_by_matmul` goes through torch's matmul, sequence by
-sequence and at most 64 MiB of scores at a time. It waits for the lengths; the kernels do not.
+Turing and float32 models have no matrix unit in Triton, RDNA 3 no registers for int8: `attend_by_matmul` is torch's
+matmul, sequence by sequence, at most 64 MiB of scores at a time. It waits for the lengths; the kernels do not.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout.kv_cache import KVCache
-from .attention_decode import DTYPES, check_cache, widen
+from .attention_decode import DTYPES, check_cache, load_codes
 from .compile_case import CompileCase
 from .target import Target, target_of
 
@@ -69,6 +69,7 @@ def attention_prefill_kernel(
     PARTS: tl.constexpr,
     SEQUENCES: tl.constexpr,
     INT8: tl.constexpr,
+    SPLIT: tl.constexpr,
     RELOAD: tl.constexpr,
 ):
     PART: tl.constexpr = D // PARTS
@@ -97,33 +98,34 @@ def attention_prefill_kernel(
         q_first = q_first + (row * q_token_stride)[:, None] + p[None, :]
         queries = ()
         for part in tl.static_range(PARTS):
-            if RELOAD:
-                queries = queries + (q_first + part * PART,)
-            else:
-                queries = queries + (tl.load(q_first + part * PART, mask=exists[:, None], other=0.0),)
+            here = q_first + part * PART
+            queries = queries + (here if RELOAD else tl.load(here, mask=exists[:, None], other=0.0),)
         base = tl.load(slots + sequence).to(tl.int64) * (heads // GROUP) + head // GROUP
         base = base * context
-        key_base, value_base = key_cache + base * D, value_cache + base * D
+        column = tl.program_id(2) * (D // SPLIT) if SPLIT > 1 else 0
+        key_base, value_base = key_cache + base * D, value_cache + base * D + column
         maximum = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = ()
-        for _ in tl.static_range(PARTS):
+        for _ in tl.static_range(PARTS // SPLIT):
             sums = sums + (tl.zeros([ROWS, PART], tl.float32),)
         rows = (queries, exists, position)
         cache = (key_base, value_base, key_scales, value_scales, base)
         running = (maximum, total, sums)
         seen_by_all = (position_first + 1) // TOKENS * TOKENS
         # Keys that every row sees need no mask; those around the tile's own tokens do.
-        running = _attend(rows, cache, running, 0, seen_by_all, end, score_scale, D, TOKENS, PARTS, INT8, RELOAD, False)
         running = _attend(
-            rows, cache, running, seen_by_all, end, end, score_scale, D, TOKENS, PARTS, INT8, RELOAD, True
+            rows, cache, running, 0, seen_by_all, end, score_scale, D, TOKENS, PARTS, INT8, SPLIT, RELOAD, False
+        )
+        running = _attend(
+            rows, cache, running, seen_by_all, end, end, score_scale, D, TOKENS, PARTS, INT8, SPLIT, RELOAD, True
         )
         maximum, total, sums = running
         scale = 1.0 / (total * 127.0 if INT8 else total)
-        gate_first = gate + token.to(tl.int64) * gate_token_stride + head * gate_head_stride
+        gate_first = gate + token.to(tl.int64) * gate_token_stride + head * gate_head_stride + column
         gate_first = gate_first + (row * gate_token_stride)[:, None] + p[None, :]
-        out_first = out + (token.to(tl.int64) * heads + head) * D + (row * heads * D)[:, None] + p[None, :]
-        for part in tl.static_range(PARTS):
+        out_first = out + (token.to(tl.int64) * heads + head) * D + column + (row * heads * D)[:, None] + p[None, :]
+        for part in tl.static_range(PARTS // SPLIT):
             gates = tl.load(gate_first + part * PART, mask=exists[:, None], other=0.0).to(tl.float32)
             result = sums[part] * scale[:, None] * tl.sigmoid(gates)
             tl.store(out_first + part * PART, result.to(dtype), mask=exists[:, None])
@@ -142,12 +144,15 @@ def _attend(
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     INT8: tl.constexpr,
+    SPLIT: tl.constexpr,
     RELOAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys begin ... stop - 1 added to `running`: maximum and total [ROWS], and sums, PARTS tiles [ROWS, D / PARTS].
+    """Keys begin ... stop - 1 added to `running`: maximum and total [ROWS], and sums, PARTS / SPLIT tiles of
+    [ROWS, D / PARTS].
 
-    Not MASKED: every row sees every one of these keys. What lies at `end` and behind it is no key.
+    RELOAD: `queries` are where to read them from, every time. Not MASKED: every row sees every one of these keys. What
+    lies at `end` and behind it is no key.
     """
     queries, exists, position = rows
     key_base, value_base, key_scales, value_scales, base = cache
@@ -160,15 +165,12 @@ def _attend(
         at = n[:, None] * D + p[None, :]
         scores = tl.zeros([maximum.shape[0], TOKENS], tl.float32)
         for part in tl.static_range(PARTS):
-            keys = tl.load(key_base + part * PART + at)
-            if RELOAD:
-                query = tl.load(queries[part], mask=exists[:, None], other=0.0)
-            else:
-                query = queries[part]
             if INT8:
-                scores = tl.dot(query, tl.trans(widen(keys, dtype)), scores)
+                keys = load_codes(key_base, n, part * PART, PART, D, dtype)
             else:
-                scores = tl.dot(query, tl.trans(keys), scores)
+                keys = tl.load(key_base + part * PART + at)
+            query = tl.load(queries[part], mask=exists[:, None], other=0.0) if RELOAD else queries[part]
+            scores = tl.dot(query, tl.trans(keys), scores)
         scores *= score_scale
         if INT8:
             scores *= tl.load(key_scales + base + n)[None, :]
@@ -185,9 +187,9 @@ def _attend(
             else:
                 weights *= (tl.load(value_scales + base + n) * 127.0)[None, :]
         updated = ()
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(PARTS // SPLIT):
             if INT8:
-                values = widen(tl.load(value_base + part * PART + at), dtype)
+                values = load_codes(value_base, n, part * PART, PART, D, dtype)
             elif MASKED:
                 values = tl.load(value_base + part * PART + at, mask=(n < end)[:, None], other=0.0)
             else:
@@ -199,7 +201,11 @@ def _attend(
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """How prefill attention is launched. rows 0: by torch's matmul. parts: tiles that the head is cut into."""
+    """How prefill attention is launched.
+
+    rows: of a tile of queries; 0: by torch's matmul. parts: tiles that the head is cut into. split: programs that the
+    columns of the values are dealt to; each computes all scores. reload: queries are read anew for every tile of keys.
+    """
 
     rows: int
     tokens: int
@@ -207,21 +213,41 @@ class Configuration:
     num_warps: int
     num_stages: int
     options: dict[str, Any] = field(default_factory=dict)
+    split: int = 1
+    reload: bool = False
 
 
 BY_MATMUL = Configuration(0, 0, 0, 0, 0)
 
 
 def configuration(target: Target, dtype: torch.dtype, int8: bool) -> Configuration:
+    """For heads of 256. Chosen by what compiles without spills and reads 16 bytes a thread, not by timing.
+
+    A part of a tile of int8 has half the bytes: so two parts on CDNA, and 32 tokens on gaming cards, which leaves room
+    for one program of a multiprocessor instead of two. 255 registers are no less parallel than 208 or 224: 8 warps with
+    either fill it.
+
+    RDNA: the sums of 16 rows alone are 128 of a wave's 256 registers, their queries 64, on RDNA 3 (gfx11) 128, because
+    each half of a wave holds its own copy. So two programs share the columns of the values and both compute the scores
+    (half again as many flops), nothing is read ahead, and RDNA 3 reads its queries from the cache again. There, over an
+    int8 cache, all tiles spilled (44 bytes and more; the columns dealt to 2 and 4 programs, 16 and 32 tokens, 2 and 4
+    warps): torch's matmul, which reads the codes as 16-bit numbers.
+    """
     if target.matrix_instruction is None or dtype == torch.float32:
         return BY_MATMUL
     if target.name == "sm_80":
         return Configuration(64, 32, 4, 4, 2, {"maxnreg": 208})
     if target.name in ("sm_86", "sm_89", "sm_120"):
+        if int8:
+            return Configuration(64, 32, 4, 4, 2, {"maxnreg": 255})
         return Configuration(64, 16, 4, 4, 2, {"maxnreg": 208})
     if target.backend == "cuda":
-        return Configuration(128, 64, 4, 8, 2, {"maxnreg": 224})
-    return Configuration(64, 32, 4, 4, 2)
+        return Configuration(128, 64, 4, 8, 2, {"maxnreg": 255 if int8 else 224})
+    if target.name.startswith("gfx11"):
+        return BY_MATMUL if int8 else Configuration(64, 32, 4, 4, 1, split=2, reload=True)
+    if target.name.startswith("gfx12"):
+        return Configuration(64, 16, 2 if int8 else 4, 4, 1, split=2)
+    return Configuration(64, 32, 2 if int8 else 4, 4, 2)
 
 
 def attention_prefill(
@@ -245,7 +271,8 @@ def attention_prefill(
     out = torch.empty((tokens, heads * size), dtype=q.dtype, device=q.device)
     key_heads, context = cache.keys.shape[1:3]
     tiles = min(triton.cdiv(tokens, chosen.rows) + sequences - 1, tokens)
-    attention_prefill_kernel[(tiles, heads)](
+    parts = parts_of(size, chosen)
+    attention_prefill_kernel[(tiles, heads, min(chosen.split, parts))](
         *(q, gate, cache.keys, cache.values, cache.key_scales, cache.value_scales, slots, cu_seqlens, starts, out),
         *(sequences, heads, context, log2(e) * size**-0.5),
         *(q.stride(0), q.stride(1), gate.stride(0), gate.stride(1)),
@@ -253,10 +280,11 @@ def attention_prefill(
         GROUP=heads // key_heads,
         ROWS=chosen.rows,
         TOKENS=chosen.tokens,
-        PARTS=parts_of(size, chosen),
+        PARTS=parts,
         SEQUENCES=triton.next_power_of_2(sequences),
         INT8=cache.is_int8,
-        RELOAD=False,
+        SPLIT=min(chosen.split, parts),
+        RELOAD=chosen.reload,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         enable_fp_fusion=True,
@@ -273,7 +301,7 @@ def parts_of(head_dim: int, chosen: Configuration) -> int:
 def attend_by_matmul(
     q: Tensor, gate: Tensor, cache: KVCache, slots: Tensor, cu_seqlens: Tensor, starts: Tensor
 ) -> Tensor:
-    """The same through torch's matmul, sequence by sequence: for devices and dtypes without a matrix unit in Triton.
+    """The same through torch's matmul, sequence by sequence: where `configuration` has no tile.
 
     Reads the lengths back from the device. Scores are in q's dtype, the softmax in float32; rows are taken as many at a
     time as keep both within 64 MiB.
@@ -366,7 +394,8 @@ def compile_cases(target: Target) -> tuple[CompileCase, ...]:
                     "PARTS": parts_of(256, chosen),
                     "SEQUENCES": 8,
                     "INT8": int8,
-                    "RELOAD": False,
+                    "SPLIT": chosen.split,
+                    "RELOAD": chosen.reload,
                 },
                 aligned=(
                     *("q", "gate", "key_cache", "value_cache", "slots", "cu_seqlens", "starts", "out", "context"),

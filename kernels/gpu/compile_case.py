@@ -16,6 +16,7 @@ class CompileCase:
     aligned: arguments divisible by 16 (pointers from torch are; strides and sizes where the launch guarantees it).
     matrix: True where a matrix instruction of the target must come out of it; or the start of the one that must.
     wide_loads: whether its main stream must be read 128 bits at a time.
+    least_wide_share: of the bytes that the main loop loads, how much so; below a half only with a reason beside it.
     weights_per_iteration: quantized weights that all threads of a program decode in one turn of the main loop (0:
     none).
     options: further options of the launch ("waves_per_eu", "maxnreg"), the same that the host passes.
@@ -31,6 +32,7 @@ class CompileCase:
     num_stages: int = 2
     matrix: bool | str = False
     wide_loads: bool = True
+    least_wide_share: float = 0.5
     weights_per_iteration: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     large: tuple[str, ...] = ()

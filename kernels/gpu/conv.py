@@ -111,8 +111,8 @@ def conv1d_prefill_kernel(
         tokens = tl.load(cu_seqlens + sequence + 1) - start
         slot = tl.load(slots + sequence).to(tl.int64)
         columns = state + slot * channels * (TAPS - 1)
-        own, result = x + start.to(tl.int64) * x_stride, out + start.to(tl.int64) * channels
-        _begin_sequence(own, weight, columns, result, channel, tokens, slot, channels, x_stride, TAPS)
+        own, own_out = x + start.to(tl.int64) * x_stride, out + start.to(tl.int64) * channels
+        _begin_sequence(own, weight, columns, own_out, channel, tokens, slot, channels, x_stride, TAPS)
 
 
 @triton.jit

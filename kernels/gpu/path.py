@@ -22,7 +22,7 @@ def triton_path(device: torch.device | str) -> Operations:
     if rest.path == "reference":
         return replace(REFERENCE, choices={"everything": rest.reason})
     from .attention_decode import attention_decode
-    from .attention_prefill import attention_prefill
+    from .attention_prefill import attention_prefill, configuration
     from .conv import causal_conv1d_prefill, causal_conv1d_update
     from .delta_decode import gated_delta_rule_step
     from .delta_prefill import gated_delta_rule_prefill
@@ -31,16 +31,21 @@ def triton_path(device: torch.device | str) -> Operations:
     from .matmul import quantized_matmul
     from .norm import add_rms_norm, gated_rms_norm, rms_norm
     from .rope import rope
+    from .target import target_of
 
     def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         return quantized_matmul(x, weight) if isinstance(weight, QuantizedWeight) else F.linear(x, weight)
 
     one, many = (choose_of_triton("quantized_matmul", device, rows=rows) for rows in (1, _PROMPT_ROWS))
     attention = choose_of_triton("attention_prefill", device)
+    prompts = f"{attention.path}: {attention.reason}"
+    where = target_of(device)
+    if attention.path == "triton" and not configuration(where, torch.bfloat16, int8=True).rows:
+        prompts += f"; over an int8 cache by torch's matmul: {where.name} has no registers for it"
     choices = {
         "matmul, one row": f"{one.path}: {one.reason}",
         f"matmul, {_PROMPT_ROWS} rows": f"{many.path}: {many.reason}",
-        "attention of prompts": f"{attention.path}: {attention.reason}",
+        "attention of prompts": prompts,
         "everything else": f"{rest.path}: {rest.reason}",
     }
     return Operations(

@@ -1,5 +1,7 @@
 """The delta rule, its convolution and the norms in the GPU bench."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,9 @@ def delta_work(
     qkv, a, b = (setting.random(tokens, columns) for columns in (width, value_heads, value_heads))
     A_log, dt_bias = torch.rand(value_heads, device=setting.device), torch.randn(value_heads, device=setting.device)
     slots = setting.int32(range(sequences))
+    own: Any
+    twin: Any
+    rest: tuple[Tensor, ...]
     if tokens == sequences:
         own, twin, rest = gated_delta_rule_step, reference_delta.gated_delta_rule_step, (slots, slots[:, None])
         qkv, a, b = qkv[:, None], a[:, None], b[:, None]

@@ -29,7 +29,8 @@ def is_text_matrix(module: str) -> bool:
 def test_the_kernels_read_what_was_written(name: str, rounded: Any) -> None:
     matrix = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
     weight = rounded(matrix, SCHEMES[name], form.SCALE_DTYPE)
-    read = from_awq(**form.module_tensors(weight))
+    tensors: dict[str, Any] = form.module_tensors(weight)
+    read = from_awq(**tensors)
     assert torch.equal(dequantize(read, torch.float32), weight.dequantize())
 
 

@@ -39,7 +39,8 @@ def version(scheme: Scheme) -> int:
 def test_the_kernels_read_what_was_written(name: str, rounded: Any) -> None:
     scheme = SCHEMES[name]
     weight = rounded(torch.randn(48, 256, generator=torch.Generator().manual_seed(0)), scheme, form.SCALE_DTYPE)
-    read = from_gptq(**form.module_tensors(weight), version=version(scheme))
+    tensors: dict[str, Any] = form.module_tensors(weight)
+    read = from_gptq(**tensors, version=version(scheme))
     assert torch.equal(dequantize(read, torch.float32), weight.dequantize())
 
 
@@ -55,7 +56,8 @@ def test_a_zero_point_of_0_survives() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(8, 8)
     zeros = torch.tensor([0, 15, 0, 0, 7, 0, 15, 0], dtype=torch.uint8).unsqueeze(1).repeat(1, 4)
     weight = Quantized(codes, torch.ones(8, 4), zeros, 4, 32, False)
-    read = from_gptq(**form.module_tensors(weight), version=2)
+    tensors: dict[str, Any] = form.module_tensors(weight)
+    read = from_gptq(**tensors, version=2)
     assert torch.equal(dequantize(read, torch.float32), weight.dequantize())
 
 

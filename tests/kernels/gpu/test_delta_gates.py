@@ -54,8 +54,8 @@ def test_two_chunks_of_one_sequence() -> None:
     a[5], a[20] = 1e30, 105.0
     table, decays, factors, remains, norms = run(qkv, a, b, A_log, dt_bias, [0, 70])
     assert table.tolist() == [[0, 64], [64, 6]]
-    wide = (x.double() for x in (qkv, a, b, A_log, dt_bias))
-    q, k, _, g, beta = delta_inputs(*wide, SIZE, SIZE, 1)
+    qkv, a, b, A_log, dt_bias = (x.double() for x in (qkv, a, b, A_log, dt_bias))
+    q, k, _, g, beta = delta_inputs(qkv, a, b, A_log, dt_bias, SIZE, SIZE, 1)
 
     late = slice(21, 64)
     stretch = g[late].cumsum(0)[:, None] - g[late].cumsum(0)[None]

@@ -43,6 +43,13 @@ def test_turing_says_what_it_has_not(turing: Operations) -> None:
     assert turing.choices["everything else"].startswith("triton: ")
 
 
+def test_rdna_3_says_what_it_has_no_registers_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, has_tiles in (("gfx1100", False), ("gfx1201", True)):
+        monkeypatch.setattr(target, "target_of", lambda device, name=name: target.target(name))
+        words = triton_path.triton_path("cuda").choices["attention of prompts"]
+        assert words.startswith("triton: ") and ("over an int8 cache by torch's matmul" in words) != has_tiles
+
+
 def test_linear_takes_either_kind_of_matrix(turing: Operations) -> None:
     x, weight = torch.randn(2, 128), quantize_rtn(torch.randn(16, 128), 4, 128)
     expected = reference.quantized_matmul(x, weight)

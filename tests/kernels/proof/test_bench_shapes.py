@@ -1,5 +1,7 @@
 """The bench goes through every shape that the family's checkpoints have, each once."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
@@ -13,7 +15,7 @@ def setting(*tokens: int) -> Setting:
     return Setting(torch.device("meta"), torch.bfloat16, lambda size: 1, tokens, (4096,))
 
 
-def shapes(kind: str, *tokens: int) -> list[tuple[str, tuple[object, ...]]]:
+def shapes(kind: str, *tokens: int) -> list[tuple[str, tuple[Any, ...]]]:
     """Maker and what it is called with behind the setting, nothing of it made."""
     makers = bench_shapes.works(bench_shapes.family(), setting(*tokens), (kind,))
     return [(make.func.__name__, make.args[1:]) for make in makers]  # type: ignore[attr-defined]

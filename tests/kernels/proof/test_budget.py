@@ -75,3 +75,9 @@ def test_what_does_not_compile_is_a_row_with_its_reason() -> None:
     row = Row(CASE, SM_89, None, "PTXASError: no")
     assert row.summary() == {"error": "PTXASError: no"} and row.instructions_per_weight is None
     assert violations(row) == ["does not compile: PTXASError: no"]
+
+
+def test_a_case_may_ask_for_less_wide_loads() -> None:
+    narrow = replace(CODE, loop_loads={"128": 1, "32": 5})
+    assert sentences(narrow, replace(CASE, least_wide_share=0.4)) == ""
+    assert sentences(narrow, replace(CASE, least_wide_share=0.45)).startswith("reads 44%")
