@@ -284,7 +284,8 @@ print(peak_bytes() - before, weights)
 def test_loading_takes_the_weights_and_about_one_module(tmp_path: Path) -> None:
     """16 GPTQ matrices of 8.5 MiB, two plain ones of 32, after one more that is measured away.
 
-    Measured 223 to 226 MiB for 208 MiB of weights (315 in one run of malloc's own way). A file that is mapped counts as well, as long as it is.
+    Measured 223 to 226 MiB for 208 MiB of weights (315 in one run of malloc's own way). A file that is mapped counts as
+    well, as long as it is.
     """
     words = torch.randint(-(1 << 31), (1 << 31) - 1, (512, 4096), dtype=torch.int32)
     zeros = torch.randint(-(1 << 31), (1 << 31) - 1, (32, 512), dtype=torch.int32)
