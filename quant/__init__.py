@@ -1,5 +1,5 @@
-"""The way to a smaller checkpoint: `quantize(source, target, recipe) -> Summary`. Needs torch; importing this does not.
-The way to a smaller checkpoint: `quantize(source, target, recipe) -> Summary`. Needs torch; importing this does not."""
+"""The way to a smaller checkpoint: `quantize(source, target, recipe) -> Summary`. Needs torch; importing this does
+not."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -8,7 +8,7 @@
 
 Everything is float32, a sequence at a time on one thread each: the same bits come out whatever the number of threads,
 and no padding or mask is needed. Weights stay in their own dtype and are widened some rows at a time; a quantized one
-is is put back as the float32 matrix that it stands for. Mixtures of experts have "experts" in place of the last two
+is put back as the float32 matrix that it stands for. Mixtures of experts have "experts" in place of the last two
 stages: `quantize` walks through their experts by `route`.
 
 The mathematics is that of `kernels/runtime/layers.py` with the operations of `kernels/operations.py`; attention within

@@ -54,8 +54,8 @@ class Module:
 
 
 def list_modules(source: Source) -> list[Module]:
-    """Every matrix of the text model, its prediction layer and its head that some recipe may quantize, in file order.
-    Every matrix of the text model, its prediction layer and its head that some recipe may quantize, in file order."""
+    """Every matrix of the text model, its prediction layer and its head that some recipe may quantize, in file
+    order."""
     return [module for name in source.names() for module in _modules_of(source, name)]
 
 
