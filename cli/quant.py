@@ -81,13 +81,17 @@ def _run(function: Callable[..., int | None], arguments: list[str], name: str | 
 def _quantize(
     source: Source = DEFAULT_SOURCE,
     target: Target = "",
-    bits: Annotated[int, typer.Option(metavar="4|8", help="of a code")] = 4,
+    bits: Annotated[int, typer.Option(metavar="4|8", help="of a code (6 in a GGUF file)")] = 4,
     group_size: Annotated[int, typer.Option(metavar="N", help="columns per scale: 32, 64, 128, -1 for a row")] = 128,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="default: asymmetric where it loads")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="gptq (4 bits), rtn (8 bits)")] = None,
-    format: Annotated[str, typer.Option(metavar="NAME", help="compressed-tensors, gptq, awq")] = "compressed-tensors",
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help="compressed-tensors, gptq, awq, gguf")
+    ] = "compressed-tensors",
+    gguf_type: Annotated[str | None, typer.Option(metavar="TYPE", help="q4_0, q4_1, q4_k, q6_k, q8_0")] = None,
     activations: Annotated[int | None, typer.Option(metavar="8", help="W8A8: engines round activations, too")] = None,
     lm_head: Annotated[int, typer.Option(metavar="BITS", help="4, 8, or 16 to keep it")] = 16,
+    embeddings: Annotated[int, typer.Option(metavar="BITS", help="of a GGUF file: 4, 6, 8, or 16 to keep them")] = 16,
     shared_experts: Annotated[int, typer.Option(metavar="BITS", help="4, 8, or 16 to keep them")] = 16,
     mtp: Annotated[int, typer.Option(metavar="BITS", help="the prediction layer: 4, 8, or 16 to keep it")] = 16,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: the options, and rules by module")] = None,
@@ -104,7 +108,7 @@ def _quantize(
 ) -> None:
     from ..quant import quantize
     from ..quant.pipeline import sizes
-    from ..quant.recipe import Recipe, read_recipe
+    from ..quant.recipe import GGUF_TYPES, Recipe, read_recipe
 
     _check_device(device)
     asked = Recipe(
@@ -113,8 +117,10 @@ def _quantize(
         symmetric=symmetric,
         method=method,
         format=format,
+        gguf_type=gguf_type.upper() if gguf_type else None,
         activation_bits=activations,
         lm_head=lm_head,
+        embeddings=embeddings,
         shared_experts=shared_experts,
         mtp=mtp,
         calibration=calibration,
@@ -124,7 +130,8 @@ def _quantize(
     )
     if recipe:
         asked = read_recipe(recipe, asked)
-    where = target or f"./{os.path.basename(source.rstrip('/'))}-int{asked.bits}"
+    kind = (asked.gguf_type or GGUF_TYPES[asked.bits]) if asked.format == "gguf" else f"int{asked.bits}"
+    where = target or f"./{os.path.basename(source.rstrip('/'))}-{kind}"
     if dry_run:
         write(dry_run_page(sizes(source, asked), json))
         return

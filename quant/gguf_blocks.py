@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..profiles.ggml import GGML_TYPES
-from .quantized import Quantized, exact_scales
 from .tasks import one_thread_each
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
@@ -56,27 +55,6 @@ def encode(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tenso
     return out
 
 
-def encode_codes(weight: Quantized, kind: str) -> Tensor:
-    """Codes that a solver has chosen, in groups of 32, as blocks: uint8 [O, row_bytes].
-
-    Q4_0 and Q8_0 take symmetric codes of their bits, exactly. Q4_1 takes asymmetric ones of 4 bits; its minimum, minus
-    zero times scale, is rounded to fp16, which shifts a group by at most 0.4 % of its step. ValueError otherwise, and
-    where scales are not exact in fp16.
-    """
-    symmetric, bits = {"Q4_0": (True, 4), "Q4_1": (False, 4), "Q8_0": (True, 8)}.get(kind, (None, 0))
-    if (weight.symmetric, weight.bits, weight.group_size) != (symmetric, bits, 32):
-        raise ValueError(f"{weight.scheme} is not the grid of {kind}: encode the weights themselves")
-    codes, scales = weight.codes.view(-1, 32), exact_scales(weight, torch.float16).view(-1, 1)
-    if kind == "Q8_0":
-        blocks = _joined(scales, codes ^ 128)
-    elif kind == "Q4_0":
-        blocks = _joined(scales, _nibbles(codes))
-    else:
-        minima = -(weight.scales * weight.zeros).view(-1, 1)
-        blocks = _joined(scales, minima.half(), _nibbles(codes))
-    return blocks.view(weight.codes.shape[0], -1)
-
-
 def decode(blocks: Tensor, kind: str) -> Tensor:
     """uint8 [O, row_bytes] -> the weights that llama.cpp computes with, float32 [O, I]."""
     rows = blocks.shape[0]
@@ -101,13 +79,13 @@ def _encode_q8_0(x: Tensor, weights: Tensor) -> Tensor:
 def _encode_q4_0(x: Tensor, weights: Tensor) -> Tensor:
     scale = _symmetric_scale(x, weights, 8).half()
     codes = _ratio(x, scale.float()).round_().clamp_(-8, 7).add_(8)
-    return _joined(scale, _nibbles(codes.to(torch.uint8)))
+    return _joined(scale, nibbles(codes.to(torch.uint8)))
 
 
 def _encode_q4_1(x: Tensor, weights: Tensor) -> Tensor:
     scale, low = (part.half() for part in _affine(x, weights, 15, bounded=False))
     codes = _ratio(x - low.float(), scale.float()).round_().clamp_(0, 15)
-    return _joined(scale, low, _nibbles(codes.to(torch.uint8)))
+    return _joined(scale, low, nibbles(codes.to(torch.uint8)))
 
 
 def _encode_q4_k(x: Tensor, weights: Tensor) -> Tensor:
@@ -156,12 +134,18 @@ def _encode_q6_k(x: Tensor, weights: Tensor) -> Tensor:
         weighted = a * shares
         d = _ratio((weighted * groups).sum((1, 2)), (weighted * a).sum((1, 2))).unsqueeze(1).half().float()
     _, d, codes = best
+    packed = six_bit_codes((codes + 32).to(torch.uint8).flatten(1))
+    return torch.cat((packed, _joined(s.to(torch.int8)), _joined(d.half())), 1)
+
+
+def six_bit_codes(codes: Tensor) -> Tensor:
+    """Codes 0 ... 63 of Q6_K blocks, uint8 [N, 256] -> their bytes, uint8 [N, 192]: low halves, then upper two bits."""
     # Weights 0 ... 31 and 64 ... 95 of each half share bytes, and so do 32 ... 63 and 96 ... 127.
-    quarters = (codes + 32).to(torch.uint8).view(-1, 2, 4, 32)
+    quarters = codes.view(-1, 2, 4, 32)
     low, high = quarters & 15, quarters >> 4
     ql = torch.stack((low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4), 2)
     qh = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
-    return torch.cat((ql.flatten(1), qh.flatten(1), _joined(s.to(torch.int8)), _joined(d.half())), 1)
+    return torch.cat((ql.flatten(1), qh.flatten(1)), 1)
 
 
 _ENCODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -245,8 +229,8 @@ def _ratio(x: Tensor, y: Tensor) -> Tensor:
     return x * torch.where(y == 0, torch.zeros_like(y), 1 / y)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """uint8 [N, 32] -> uint8 [N, 16]: weight i low, weight i + 16 high."""
+def nibbles(codes: Tensor) -> Tensor:
+    """Codes of blocks of 32: uint8 [N, 32] -> uint8 [N, 16]: weight i low, weight i + 16 high."""
     return codes[:, :16] | codes[:, 16:] << 4
 
 
@@ -264,26 +248,31 @@ def _packed_scales(scales: Tensor, minima: Tensor) -> Tensor:
 
 
 def _decode_q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+    return half_at(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
 
 def _decode_q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_from_nibbles(blocks[:, 2:]) - 8)
+    return half_at(blocks, 0) * (_fromnibbles(blocks[:, 2:]) - 8)
 
 
 def _decode_q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _from_nibbles(blocks[:, 4:]) + _half(blocks, 2)
+    return half_at(blocks, 0) * _fromnibbles(blocks[:, 4:]) + half_at(blocks, 2)
 
 
 def _decode_q4_k(blocks: Tensor) -> Tensor:
+    pairs = blocks[:, 16:].reshape(-1, 4, 32)
+    codes = torch.stack((pairs & 15, pairs >> 4), 2).view(-1, 8, 32).float()
+    scales, minima = scales_and_minima(blocks)
+    return (scales.unsqueeze(2) * codes + minima.unsqueeze(2)).flatten(1)
+
+
+def scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the groups of Q4_K blocks uint8 [N, 144], float32 [N, 8] each: weight = code * scale + minimum."""
     packed = blocks[:, 4:16]
     low, high = packed[:, :8] & 63, packed[:, :8] >> 6
     s = torch.cat((low[:, :4], (packed[:, 8:] & 15) | high[:, :4] << 4), 1).float()
     m = torch.cat((low[:, 4:], (packed[:, 8:] >> 4) | high[:, 4:] << 4), 1).float()
-    pairs = blocks[:, 16:].reshape(-1, 4, 32)
-    codes = torch.stack((pairs & 15, pairs >> 4), 2).view(-1, 8, 32).float()
-    step, shift = (_half(blocks, 0) * s).unsqueeze(2), (_half(blocks, 2) * m).unsqueeze(2)
-    return (step * codes - shift).flatten(1)
+    return half_at(blocks, 0) * s, -(half_at(blocks, 2) * m)
 
 
 def _decode_q6_k(blocks: Tensor) -> Tensor:
@@ -292,15 +281,15 @@ def _decode_q6_k(blocks: Tensor) -> Tensor:
     high = torch.stack([qh >> shift & 3 for shift in (0, 2, 4, 6)], 2)
     codes = (low | high << 4).view(-1, 16, 16).float() - 32
     scales = blocks[:, 192:208].view(torch.int8).float()
-    return ((_half(blocks, 208) * scales).unsqueeze(2) * codes).flatten(1)
+    return ((half_at(blocks, 208) * scales).unsqueeze(2) * codes).flatten(1)
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
+def half_at(blocks: Tensor, at: int) -> Tensor:
     """The fp16 number at that byte of every block, float32 [N, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
-def _from_nibbles(packed: Tensor) -> Tensor:
+def _fromnibbles(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), 1).float()
 
 

@@ -2,7 +2,7 @@
 
     file = GgufFile(path, source, kinds)                 # kinds: GGUF name -> Q4_K, ...; others stay BF16 or F32
     for piece in file.pieces: file.convert(piece)        # rounded to nearest; or, where a solver chose the codes:
-    file.write("blk.0.ffn_up.weight", encode_codes(quantized, "Q4_0"))
+    file.write("blk.0.ffn_up.weight", matrix.blocks)     # `gguf_matrix.py`
     file.finish()
 
 The `gguf` package (an extra) writes the container's header; data is placed by its rules, 32 bytes aligned. Metadata
@@ -64,7 +64,7 @@ class GgufFile:
         of the source. `Unsupported` where rows are no whole number of blocks, and without the gguf package.
         """
         self.source, self.pieces = source, pieces(source)
-        self.tensors = _placed(self.pieces, source, kinds)
+        self.tensors = place_tensors(self.pieces, source, kinds)
         self._header = _header(source, self.tensors)
         last = list(self.tensors.values())[-1]
         size_bytes = len(self._header) + last.offset_bytes + _aligned(last.bytes)
@@ -129,7 +129,8 @@ class GgufFile:
         self._file.close()
 
 
-def _placed(found: tuple[Piece, ...], source: Source, kinds: Mapping[str, str]) -> dict[str, Stored]:
+def place_tensors(found: tuple[Piece, ...], source: Source, kinds: Mapping[str, str]) -> dict[str, Stored]:
+    """Name -> type, shape and place of every tensor, in the order of the file; errors as of `GgufFile`."""
     unknown = set(kinds) - {piece.name for piece in found}
     if unknown:
         raise ValueError(f"{min(unknown)} is no tensor of this model's GGUF file")

@@ -57,8 +57,8 @@ def gptq(
     ValueError where shapes do not fit, and for NaN or Inf.
     """
     grid = Grid(bits, group_size, symmetric, scale_dtype, signed_scales)
-    rows, columns = weight.shape
-    size = grid.group_columns(columns)
+    columns = weight.shape[1]
+    grid.group_columns(columns)
     width = (hessian.lower if isinstance(hessian, Factor) else hessian).shape[0]
     if width != columns:
         raise ValueError(f"a weight of {columns} columns with a Hessian of {width}")
@@ -66,7 +66,31 @@ def gptq(
         hessian = factorize(hessian, damping=damping, activation_order=activation_order)
     factor = hessian
     scales, zeros = search_scales(weight, grid, factor.importance)
-    order_groups = factor.order // size
+    codes = choose_codes(weight, factor, scales, zeros, bits, cross=cross, cross_strength=cross_strength)
+    return codes, scales, zeros
+
+
+def choose_codes(
+    weight: Tensor,
+    factor: Factor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    *,
+    groups: Tensor | None = None,
+    minima: Tensor | None = None,
+    cross: Tensor | None = None,
+    cross_strength: float = 1.0,
+) -> Tensor:
+    """Codes uint8 [O, I] of a weight [O, I] on levels that are given: (code - zero) * scale + minimum.
+
+    scales float32, zeros uint8, minima float32 (0 without): [O, G], scales not 0. groups: int64 [I], the group of each
+    column; without, groups are of neighbours. cross, cross_strength: as in `gptq`.
+    """
+    rows, columns = weight.shape
+    if groups is None:
+        groups = torch.arange(columns, device=weight.device) // (columns // scales.shape[1])
+    order_groups = groups[factor.order]
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     strip = strip_rows(rows) if weight.device.type == "cpu" else rows
     back = torch.empty_like(factor.order).index_copy_(
@@ -77,8 +101,12 @@ def gptq(
         part = slice(at, min(at + strip, rows))
         weights = _transposed(weight[part])
         shift = None if cross is None else _shift(weights, cross, cross_strength, factor)
+        weights = weights.index_select(0, factor.order)
+        if minima is not None:
+            # An error is the same whether the minimum is added to the levels or taken from the weight.
+            weights -= _transposed(minima[part]).index_select(0, order_groups)
         solved = solve_strip(
-            weights.index_select(0, factor.order),
+            weights,
             factor,
             order_groups,
             _transposed(scales[part], fill=1.0),
@@ -90,7 +118,7 @@ def gptq(
 
     with one_thread_each(weight.device) as tasks:
         tasks.run(solve, range(0, rows, strip))
-    return codes, scales, zeros
+    return codes
 
 
 def strip_rows(rows: int) -> int:

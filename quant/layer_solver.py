@@ -8,7 +8,6 @@ the original weights, and the targets are its outputs.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +32,6 @@ class LayerSolver:
     weights: Weights
     recorder: Recorder
     schemes: Mapping[str, Scheme]
-    scale_dtype: torch.dtype
     damping: float
     method: str = "gptq"
 
@@ -62,13 +60,16 @@ class LayerSolver:
 
     def _smooth(self, layer: DecoderLayer, stream: Stream, modules: Mapping[str, Module]) -> None:
         """AWQ of all but experts: solved from one pass, written, and put into the layer for the next one."""
-        grids = {leaf: grid_of(self.schemes[module.name], self.scale_dtype) for leaf, module in modules.items()}
+        grids = {
+            leaf: grid_of(self.schemes[module.name], self.recorder.result.scale_dtype)
+            for leaf, module in modules.items()
+        }
         found = smooth_layer(layer, stream, grids)
         for leaf, solved in found.solved.items():
             self.recorder.write(modules[leaf], solved)
             layer.weights[leaf] = solved.weight.dequantize()
         for leaf, tensor in found.plain.items():
-            self.recorder.shards.write(self.weights.layer_names(layer.number)[leaf], tensor.cpu())
+            self.recorder.result.write_plain(self.weights.layer_names(layer.number)[leaf], tensor.cpu())
             layer.weights[leaf] = tensor
 
     def _solve(
@@ -77,10 +78,14 @@ class LayerSolver:
         schemes = {leaf: self.schemes[module.name] for leaf, module in modules.items()}
         if self.method == "awq" and hessian.tokens >= LEAST_TOKENS:
             mean = hessian.mean()
-            grids = {leaf: grid_of(scheme, self.scale_dtype) for leaf, scheme in schemes.items()}
+            grids = {leaf: grid_of(scheme, self.recorder.result.scale_dtype) for leaf, scheme in schemes.items()}
             solved = {leaf: round_for_inputs(originals[leaf], mean, grids[leaf]) for leaf in modules}
         else:
-            solved = solve_together(originals, schemes, hessian, self.scale_dtype, self.damping)
+            result = self.recorder.result
+            orders = {
+                leaf: result.orders[module.name] for leaf, module in modules.items() if module.name in result.orders
+            }
+            solved = solve_together(originals, schemes, hessian, result.scale_dtype, self.damping, orders)
         for leaf, module in modules.items():
             self.recorder.write(module, solved[leaf])
         return solved

@@ -38,8 +38,8 @@ class Module:
     """A matrix [rows, columns] of the source, in `tensor`, from row `first_row` of expert `expert` of it on.
 
     name: the full name that a quantized file gives it, without an ending. part: "layers", "shared_experts", "experts",
-    "mtp" or "lm_head". layer: its number; None for lm_head and mtp. leaf: what comes behind `layers.N.`. expert: None
-    where it is none; where `tensor` is a stack, its first index.
+    "mtp", "lm_head" or "embeddings". layer: its number; None for the last three. leaf: what comes behind `layers.N.`.
+    expert: None where it is none; where `tensor` is a stack, its first index.
     """
 
     name: str
@@ -64,6 +64,9 @@ def _modules_of(source: Source, name: str) -> Iterator[Module]:
     bare = name.removesuffix(".weight")
     if bare == "lm_head" or bare.endswith(".lm_head"):
         yield Module(bare, name, *shape, part="lm_head", layer=None, leaf="lm_head")
+        return
+    if bare.endswith("embed_tokens") and len(shape) == 2:
+        yield Module(bare, name, *shape, part="embeddings", layer=None, leaf="embed_tokens")
         return
     match = _LAYER.fullmatch(bare)
     if match is None or "visual." in name:

@@ -22,23 +22,22 @@ from torch import Tensor
 from ..kernels.runtime.configuration import read_configuration
 from ..kernels.runtime.process_memory import peak_bytes
 from ..profiles.errors import BadInput, Unsupported
-from . import awq_file, compressed_tensors_file, gptq_file
 from .activations import Activations
 from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
+from .folder_result import FolderResult
+from .gguf_result import GgufResult
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .modules import Module, list_modules
 from .output import open_output
 from .recipe import KEEP, Recipe, resolve
 from .recorder import Progress, Recorder, Result
-from .shards import Entry, Shards
 from .solve import round_to_nearest
 from .source import Source, open_source
 from .weights import Weights
 
-FILES: dict[str, Any] = {"compressed-tensors": compressed_tensors_file, "gptq": gptq_file, "awq": awq_file}
 PROCESS_BYTES = 500_000_000
 """Python, torch and what its allocator keeps."""
 
@@ -90,19 +89,19 @@ def quantize(
     output = open_output(target, job.source.folder, overwrite=overwrite, resume=resume)
     journal = Journal(output, identity)
     state = journal.read()
-    shards = Shards(output.folder, job.entries(), resume=output.resumed)
     done = state["results"] if state else ()
-    recorder = Recorder(shards, job.file, job.schemes, job.configuration.num_layers, done, watch)
+    recorder = Recorder(job.result, job.schemes, job.configuration.num_layers, done, watch)
+    job.result.open(output)
     try:
         with tempfile.TemporaryDirectory(prefix=".activations-", dir=output.folder) as scratch:
-            job.work(shards, recorder, journal, state, scratch if spills else None)
-        shards.finish()
+            job.work(recorder, journal, state, scratch if spills else None)
+        job.result.finish()
     finally:
-        shards.close()
+        job.result.close()
     seconds = time.monotonic() - started
-    summary = job.summary(output.target, shards.total_bytes, recorder.results, seconds, state is not None)
+    summary = job.summary(output.target, recorder.results, seconds, state is not None)
     texts = {"README.md": model_card(job.card(summary, command)), "recipe.yaml": job.recipe.text()}
-    output.finish(job.source, job.file.quantization_config(job.schemes, job.kept()), texts)
+    output.finish(job.source, job.result.quantization_config(), texts)
     return summary
 
 
@@ -120,8 +119,7 @@ class Sizes:
 def sizes(source: str, recipe: Recipe) -> Sizes:
     """Exact, from the headers of the source: nothing is read or written. `QwenfitError` as of `quantize`."""
     job = _Job(open_source(source), recipe, torch.device("cpu"))
-    size_bytes = sum(entry.bytes for entry in job.entries())
-    return Sizes(size_bytes, job.source_bytes, job.bits_per_weight(size_bytes), len(job.modules), job.recipe)
+    return Sizes(job.result.total_bytes, job.source_bytes, job.bits_per_weight, len(job.modules), job.recipe)
 
 
 class _Job:
@@ -131,15 +129,16 @@ class _Job:
         self.source, self.device = source, device
         self.configuration = read_configuration(source.folder)
         self.recipe = recipe.completed(self.configuration.is_moe)
-        if self.recipe.format not in FILES:
-            raise Unsupported(f"--format {self.recipe.format}: this way writes {', '.join(FILES)}")
-        self.file = FILES[self.recipe.format]
         found = list_modules(source)
         if self.recipe.lm_head != KEEP and not any(module.part == "lm_head" for module in found):
             raise Unsupported("the head shares the embedding's weights, which stay as they are: leave out --lm-head")
         self.schemes, _ = resolve(self.recipe, found)
         self.modules = [module for module in found if module.name in self.schemes]
-        self.taken = {module.tensor for module in self.modules}
+        self.result = (
+            GgufResult(source, self.modules, self.schemes)
+            if self.recipe.format == "gguf"
+            else FolderResult(source, self.recipe.format, self.modules, self.schemes)
+        )
         self.weights = Weights(source, found, device)
 
     @cached_property
@@ -161,40 +160,14 @@ class _Job:
         recipe = self.recipe.text() + (self.text.sha256 if self.text else "")
         return {"source": self.source.fingerprint(), "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
 
-    def entries(self) -> Iterable[Entry]:
-        """Every tensor of the result, in the order of the source."""
-        quantized: dict[str, list[Module]] = {}
-        for module in self.modules:
-            quantized.setdefault(module.tensor, []).append(module)
-        for name in self.source.names():
-            if name not in quantized:
-                yield Entry(name, self.source.dtype(name), self.source.shape(name))
-            for module in quantized.get(name, ()):
-                try:
-                    parts = self.file.module_entries(module.rows, module.columns, self.schemes[module.name])
-                except ValueError as error:
-                    raise BadInput(f"{module.name}: {error}; keep it with a rule, or take another format") from error
-                yield from (Entry(f"{module.name}.{ending}", *part) for ending, part in parts.items())
-
-    def kept(self) -> list[str]:
-        """Every other matrix of the result."""
-        plain = (name for name in self.source.names() if name.endswith(".weight") and name not in self.taken)
-        return [name.removesuffix(".weight") for name in plain if len(self.source.shape(name)) == 2]
-
-    def work(
-        self, shards: Shards, recorder: Recorder, journal: Journal, state: Mapping[str, Any] | None, folder: str | None
-    ) -> None:
+    def work(self, recorder: Recorder, journal: Journal, state: Mapping[str, Any] | None, folder: str | None) -> None:
         """Everything that `state` does not call done. folder: where activations go; None keeps them in memory."""
         first = int(state["layer"]) if state else 0
         streams = self._streams(journal, first, folder)
         if state is None:
-            for name in self.source.names():
-                if name not in self.taken:
-                    shards.copy(name, self.source)
-            self._save(shards, recorder, journal, 0, streams)
-        solver = LayerSolver(
-            self.weights, recorder, self.schemes, self.file.SCALE_DTYPE, self.recipe.damping, str(self.recipe.method)
-        )
+            self.result.copy()
+            self._save(recorder, journal, 0, streams)
+        solver = LayerSolver(self.weights, recorder, self.schemes, self.recipe.damping, str(self.recipe.method))
         for number in range(first, self.configuration.num_layers):
             modules = {module.leaf: module for module in self.modules if module.layer == number}
             if streams:
@@ -204,9 +177,9 @@ class _Job:
             else:
                 self._round(modules.values(), recorder)
             recorder.layer_done(number)
-            self._save(shards, recorder, journal, number + 1, streams)
+            self._save(recorder, journal, number + 1, streams)
         self._round([module for module in self.modules if module.layer is None], recorder)
-        shards.sync()
+        self.result.sync()
 
     def spills(self, max_ram_bytes: int | None) -> bool:
         """Whether activations have to go to files; `BadInput` where even that is not enough."""
@@ -230,9 +203,12 @@ class _Job:
         return fixed + activations > max_ram_bytes
 
     def _round(self, modules: Iterable[Module], recorder: Recorder) -> None:
+        """To nearest, some rows at a time: a head has more of them than fit into memory twice."""
         for module in modules:
-            weight = self.weights.module(module)
-            recorder.write(module, round_to_nearest(weight, self.schemes[module.name], self.file.SCALE_DTYPE))
+            scheme, order = self.schemes[module.name], self.result.orders.get(module.name)
+            for rows in self.result.row_blocks(module):
+                solved = round_to_nearest(self.weights.module(module, rows), scheme, self.result.scale_dtype, order)
+                recorder.write(module, solved, rows.start)
 
     def _streams(self, journal: Journal, layer: int, folder: str | None) -> list[Stream]:
         """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
@@ -254,8 +230,8 @@ class _Job:
             streams.append(Stream(hidden, self.tokens.shape[1], folder=folder))
         return streams
 
-    def _save(self, shards: Shards, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
-        shards.sync()
+    def _save(self, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
+        self.result.sync()
         hidden = torch.cat([stream.hidden[:].cpu() for stream in streams]) if streams and layer else None
         journal.write(layer, recorder.as_json(), hidden)
 
@@ -263,20 +239,18 @@ class _Job:
     def source_bytes(self) -> int:
         return sum(self.source.bytes(name) for name in self.source.names())
 
-    def bits_per_weight(self, size_bytes: int) -> float:
-        """Of quantized modules, in a result of so many bytes."""
-        others = sum(self.source.bytes(name) for name in self.source.names() if name not in self.taken)
-        return 8 * (size_bytes - others) / sum(module.rows * module.columns for module in self.modules)
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized modules."""
+        return 8 * self.result.quantized_bytes / sum(module.rows * module.columns for module in self.modules)
 
-    def summary(
-        self, target: str, size_bytes: int, results: Iterable[Result], seconds: float, resumed: bool
-    ) -> Summary:
+    def summary(self, target: str, results: Iterable[Result], seconds: float, resumed: bool) -> Summary:
         results, method = tuple(results), self.recipe.method
         return Summary(
             target=target,
-            bytes=size_bytes,
+            bytes=self.result.total_bytes,
             source_bytes=self.source_bytes,
-            bits_per_weight=self.bits_per_weight(size_bytes),
+            bits_per_weight=self.bits_per_weight,
             results=results,
             fallbacks=tuple(one.module for one in results if ".experts." in one.module and one.method != method),
             recipe=self.recipe,

@@ -15,15 +15,17 @@ class Scheme:
 
     group_size: columns per scale, or -1 for one scale per row. activation_bits: 8 where the engine is to round the
     activations too (W8A8: int8, symmetric, one scale per token, found while it runs); None: they stay as they are.
+    kind: the type of GGML's blocks where the file is GGUF; it says everything else.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     activation_bits: int | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if self.bits not in (4, 8) and self.kind is None:
             raise ValueError(f"files hold codes of 4 and 8 bits, not of {self.bits}")
 
     def groups(self, columns: int) -> int:
@@ -67,6 +69,14 @@ class Quantized:
         """How it is stored, as weights alone tell: without `activation_bits`."""
         per_row = self.group_size == self.codes.shape[1]
         return Scheme(self.bits, -1 if per_row else self.group_size, self.symmetric)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def rows(self, part: slice) -> "Quantized":
+        """Some of the rows."""
+        codes, scales, zeros = self.codes[part], self.scales[part], self.zeros[part]
+        return Quantized(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
 
     def dequantize(self) -> Tensor:
         """The matrix that the codes stand for, float32 [O, I]; (code - zero) is exact, so one rounding per element."""

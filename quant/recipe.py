@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..profiles.errors import BadInput, Unsupported
+from .gguf_codes import group_columns
 from .module_rules import check_fused, fused_with
 from .modules import Module
 from .quantized import Scheme
@@ -26,14 +27,19 @@ from .quantized import Scheme
 METHODS = ("gptq", "awq", "rtn")
 FORMATS = ("compressed-tensors", "gptq", "awq", "gguf")
 GROUP_SIZES = (32, 64, 128, -1)
+GGUF_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q6_K": 6, "Q8_0": 8}
+GGUF_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
+"""Of GGML's block types that are written: their bits, and what is taken for so many bits."""
 KEEP = 16
+PARTS = ("lm_head", "embeddings", "shared_experts", "mtp")
 LIMIT_BYTES = 1 << 20
 MOST_PATTERN = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """match: a regular expression searched in a module's full name. bits: 4, 8, or 16 to keep it as it is."""
+    """match: a regular expression searched in a module's full name. bits: 4, 8, or 16 to keep it as it is;
+    in GGUF files also 6."""
 
     match: str
     bits: int
@@ -45,7 +51,9 @@ class Recipe:
     """What `quantize` takes. None where the answer follows from the rest: `completed` fills it in.
 
     symmetric: None is asymmetric where the format and its loaders take it. method: None is gptq for 4 bits and rtn for
-    8, which needs no calibration. activation_bits: 8 for W8A8. lm_head, shared_experts, mtp: bits, 16 keeps them.
+    8, which needs no calibration. gguf_type: of GGML's block types the one for most matrices, which then says bits and
+    groups; None for the one of `bits`. activation_bits: 8 for W8A8. lm_head, embeddings, shared_experts, mtp: bits, 16
+    keeps them; 6 and quantized embeddings are for GGUF files, which engines read so.
     calibration: a file, None the text that ships with the package. full_precision_targets: gptq aims at the outputs of
     the full-precision stream (GPTAQ), for a second forward pass per layer.
     """
@@ -55,8 +63,10 @@ class Recipe:
     symmetric: bool | None = None
     method: str | None = None
     format: str = "compressed-tensors"
+    gguf_type: str | None = None
     activation_bits: int | None = None
     lm_head: int = KEEP
+    embeddings: int = KEEP
     shared_experts: int = KEEP
     mtp: int = KEEP
     calibration: str | None = None
@@ -68,20 +78,21 @@ class Recipe:
     modules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("bits", self.bits, (4, 8))
+        _check("bits", self.bits, (4, 6, 8))
         _check("group_size", self.group_size, GROUP_SIZES)
         _check("method", self.method, (*METHODS, None))
         _check("format", self.format, FORMATS)
+        _check("gguf_type", self.gguf_type, (*GGUF_BITS, None))
         _check("activation_bits", self.activation_bits, (8, None))
-        for name in ("lm_head", "shared_experts", "mtp"):
-            _check(name, getattr(self, name), (4, 8, KEEP))
+        for name in PARTS:
+            _check(name, getattr(self, name), (4, 6, 8, KEEP))
         for name in ("tokens", "sequence_tokens"):
             if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 1 << 24:
                 raise BadInput(f"{name} is {getattr(self, name)!r}: give a number from 1 to 16,777,216")
         if not 0 < self.damping < 1:
             raise BadInput(f"damping is {self.damping!r}: give a part of the mean diagonal, 0.01 for instance")
         for rule in self.modules:
-            _check("bits of a rule", rule.bits, (4, 8, KEEP))
+            _check("bits of a rule", rule.bits, (4, 6, 8, KEEP))
             _check("group_size of a rule", rule.group_size, (*GROUP_SIZES, None))
 
     @property
@@ -90,6 +101,14 @@ class Recipe:
 
     def completed(self, is_moe: bool) -> "Recipe":
         """With what was left open. `Unsupported` for combinations that no format or loader has."""
+        if self.format == "gguf":
+            return self._completed_for_gguf()
+        if self.gguf_type:
+            raise Unsupported(f"{self.gguf_type} is a type of GGUF files: add --format gguf")
+        if 6 in (self.bits, *(getattr(self, part) for part in PARTS), *(rule.bits for rule in self.modules)):
+            raise Unsupported(f"6 bits are for --format gguf: {self.format} has 4 and 8")
+        if self.embeddings != KEEP:
+            raise Unsupported(f"{self.format} keeps embeddings, as engines read them so: --embeddings is for gguf")
         method = self.method or ("rtn" if self.bits == 8 or self.activation_bits else "gptq")
         symmetric = self.symmetric
         if symmetric is None:
@@ -106,6 +125,16 @@ class Recipe:
         if whole.bits == 8 and whole.symmetric is False:
             raise Unsupported("8-bit weights are written symmetric: leave out --asym")
         return whole
+
+    def _completed_for_gguf(self) -> "Recipe":
+        kind = self.gguf_type or GGUF_TYPES[self.bits]
+        bits = GGUF_BITS[kind]
+        method = self.method or ("rtn" if bits == 8 else "gptq")
+        if method == "awq":
+            raise Unsupported("--method awq is for folders; GGUF files take gptq (K-quants too) and rtn")
+        if self.activation_bits:
+            raise Unsupported("GGUF stores weights only: W8A8 is for --format compressed-tensors")
+        return replace(self, bits=bits, gguf_type=kind, method=method, symmetric=None)
 
     def text(self) -> str:
         """The recipe as YAML, resolved: what is written beside the checkpoint."""
@@ -183,13 +212,18 @@ def _scheme(recipe: Recipe, module: Module, rule: Rule | None) -> Scheme | None:
     bits = rule.bits if rule else _bits_by_part(recipe, module)
     if bits == KEEP:
         return None
+    if recipe.format == "gguf":
+        kind = GGUF_TYPES[bits]
+        if recipe.gguf_type and bits == GGUF_BITS[recipe.gguf_type]:
+            kind = recipe.gguf_type
+        return Scheme(bits, group_columns(kind), kind not in ("Q4_1", "Q4_K"), kind=kind)
     group_size = rule.group_size if rule and rule.group_size else recipe.group_size
     symmetric = bool(recipe.symmetric) or bits == 8
     return Scheme(bits, group_size, symmetric, recipe.activation_bits if bits == 8 else None)
 
 
 def _bits_by_part(recipe: Recipe, module: Module) -> int:
-    if module.part in ("lm_head", "mtp", "shared_experts"):
+    if module.part in PARTS:
         return getattr(recipe, module.part)
     return recipe.bits
 
@@ -205,7 +239,7 @@ def _check(name: str, value: object, known: tuple[object, ...]) -> None:
 
 
 def _types(name: str) -> tuple[type, ...]:
-    if name in ("method", "format", "calibration"):
+    if name in ("method", "format", "gguf_type", "calibration"):
         return (str,)
     return (float, int) if name == "damping" else (bool,) if name in ("symmetric", "full_precision_targets") else (int,)
 

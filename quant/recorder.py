@@ -1,13 +1,14 @@
-"""Where solved modules go: their tensors into the shards, a line into the summary, a word to whoever watches."""
+"""Where solved modules go: their tensors into the result, a line into the summary, a word to whoever watches."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .folder_result import FolderResult
+from .gguf_result import GgufResult
 from .modules import Module
 from .quantized import Scheme
-from .shards import Shards
 from .solve import Solved
 
 
@@ -37,27 +38,26 @@ class Progress:
 
 
 class Recorder:
-    """file: the module of the format (`module_tensors`). watch: called after every module."""
+    """watch: called after every module."""
 
     def __init__(
         self,
-        shards: Shards,
-        file: Any,
+        result: FolderResult | GgufResult,
         schemes: Mapping[str, Scheme],
         layers: int,
         done: Iterable[Mapping[str, Any]] = (),
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.shards, self.file, self.schemes, self.layers, self.watch = shards, file, schemes, layers, watch
+        self.result, self.schemes, self.layers, self.watch = result, schemes, layers, watch
         self.results = [Result(**result) for result in done]
         self._begun, self._layers_here, self._layers_done = time.monotonic(), 0, 0
 
-    def write(self, module: Module, solved: Solved) -> None:
-        """A solved module."""
+    def write(self, module: Module, solved: Solved, first_row: int = 0) -> None:
+        """A solved module, or the rows of it from `first_row` on; it is done with the last of them."""
+        self.result.write(module, solved, first_row)
+        if first_row + len(solved.weight) < module.rows:
+            return
         scheme = self.schemes[module.name]
-        extra = {"activation_bits": scheme.activation_bits} if scheme.activation_bits else {}
-        for ending, tensor in self.file.module_tensors(solved.weight, **extra).items():
-            self.shards.write(f"{module.name}.{ending}", tensor)
         self.results.append(Result(module.name, scheme.bits, scheme.group_size, solved.method, solved.error))
         if self.watch:
             layer = self.layers if module.layer is None else module.layer

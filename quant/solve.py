@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cholesky import factorize
+from .cholesky import Factor, factorize
+from .gguf_matrix import GgufMatrix, round_matrix, solve_matrix
 from .gptq import gptq
 from .grid import Grid, rtn
 from .hessian import Hessian, output_error
@@ -24,13 +25,15 @@ class Solved:
     method: what it came to be by, "rtn" for an expert that no token reached.
     """
 
-    weight: Quantized
+    weight: Quantized | GgufMatrix
     error: float | None
     method: str
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Solved:
-    """Without calibration."""
+def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, order: Tensor | None = None) -> Solved:
+    """Without calibration. order: of a GGUF file's columns, see `GgufMatrix`."""
+    if scheme.kind:
+        return Solved(round_matrix(weight, scheme.kind, order), None, "rtn")
     return Solved(rtn(weight, grid_of(scheme, scale_dtype)), None, "rtn")
 
 
@@ -40,44 +43,51 @@ def solve_together(
     hessian: Hessian,
     scale_dtype: torch.dtype,
     damping: float,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Solved]:
-    """GPTQ of all matrices [O, I] that read one input; the Hessian, and its cross term where it has one, is used up."""
+    """GPTQ of all matrices [O, I] that read one input; the Hessian, and its cross term where it has one, is used up.
+
+    orders: for matrices whose columns stand in another order in the file, see `GgufMatrix`.
+    """
+    orders = orders or {}
     if hessian.tokens < LEAST_TOKENS:
-        return {name: round_to_nearest(weight, schemes[name], scale_dtype) for name, weight in weights.items()}
+        return {
+            name: round_to_nearest(weight, schemes[name], scale_dtype, orders.get(name))
+            for name, weight in weights.items()
+        }
     cross = hessian.cross_mean() if hessian.has_cross else None
     mean = hessian.mean()
     factor = factorize(mean, damping=damping)
     solved = {}
     for name, weight in weights.items():
         scheme = schemes[name]
-        codes, scales, zeros = gptq(
-            weight,
-            factor,
-            scheme.bits,
-            scheme.group_size,
-            symmetric=scheme.symmetric,
-            scale_dtype=scale_dtype,
-            cross=cross,
-        )
-        size = weight.shape[1] // scales.shape[1]
-        quantized = Quantized(codes, scales, zeros, scheme.bits, size, scheme.symmetric)
+        if scheme.kind:
+            quantized = solve_matrix(weight, scheme.kind, factor, orders.get(name), cross)
+        else:
+            quantized = _solve_groups(weight, scheme, factor, scale_dtype, cross)
         solved[name] = Solved(quantized, sampled_error(weight, quantized, mean), "gptq")
     return solved
 
 
-def sampled_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:
-    """`output_error` on rows spread over the matrix."""
-    step = max(1, -(-len(weight) // ERROR_ROWS))
-    rows = slice(None, None, step)
-    part = Quantized(
-        quantized.codes[rows],
-        quantized.scales[rows],
-        quantized.zeros[rows],
-        quantized.bits,
-        quantized.group_size,
-        quantized.symmetric,
+def _solve_groups(
+    weight: Tensor, scheme: Scheme, factor: Factor, scale_dtype: torch.dtype, cross: Tensor | None
+) -> Quantized:
+    codes, scales, zeros = gptq(
+        weight,
+        factor,
+        scheme.bits,
+        scheme.group_size,
+        symmetric=scheme.symmetric,
+        scale_dtype=scale_dtype,
+        cross=cross,
     )
-    return output_error(weight[rows], part.dequantize(), hessian)
+    return Quantized(codes, scales, zeros, scheme.bits, weight.shape[1] // scales.shape[1], scheme.symmetric)
+
+
+def sampled_error(weight: Tensor, quantized: Quantized | GgufMatrix, hessian: Tensor) -> float:
+    """`output_error` on rows spread over the matrix."""
+    rows = slice(None, None, max(1, -(-len(weight) // ERROR_ROWS)))
+    return output_error(weight[rows], quantized.rows(rows).dequantize().to(hessian.device), hessian)
 
 
 def grid_of(scheme: Scheme, scale_dtype: torch.dtype) -> Grid:

@@ -17,12 +17,12 @@ class Weights:
         self.source, self.device = source, device
         self._experts = {(module.layer, module.leaf): module for module in modules if module.expert is not None}
 
-    def module(self, module: Module) -> Tensor:
-        """A module's matrix [rows, columns]; of a stack of experts its expert's rows are read only."""
+    def module(self, module: Module, rows: slice = slice(None)) -> Tensor:
+        """A module's matrix [rows, columns], or some of its rows; of a stack of experts its expert's only are read."""
         if len(self.source.shape(module.tensor)) == 3 and module.expert is not None:
             expert = self.source.tensor(module.tensor, slice(module.expert, module.expert + 1))[0]
-            return expert[module.first_row : module.first_row + module.rows].to(self.device)
-        return self.source.tensor(module.tensor).to(self.device)
+            return expert[module.first_row : module.first_row + module.rows][rows].to(self.device)
+        return self.source.tensor(module.tensor, rows).to(self.device)
 
     def expert(self, layer: int, expert: int, name: str) -> Tensor:
         """gate_proj, up_proj or down_proj of an expert, however experts are stored."""

@@ -83,7 +83,7 @@ def test_a_recipe_file_overrides(here: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["Small", "out", "--bits", "5"], "bits is 5: it is one of 4, 8"),
+        (["Small", "out", "--bits", "5"], "bits is 5: it is one of 4, 6, 8"),
         (["Small", "out", "--group-size", "100"], "group_size is 100"),
         (["Small", "out", "--method", "magic"], "method is 'magic'"),
         (["Small", "out", "--format", "awq", "--bits", "8"], "AWQ files hold asymmetric 4-bit"),

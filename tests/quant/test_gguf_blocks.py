@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from qwenfit.profiles.ggml import GGML_TYPES
-from qwenfit.quant.gguf_blocks import KINDS, decode, encode, encode_codes, row_bytes
-from qwenfit.quant.quantized import Quantized, Scheme
+from qwenfit.quant.gguf_blocks import KINDS, decode, encode, row_bytes
 
 LLAMA_CPP: dict[tuple[str, str, bool], float] = {
     ("Q4_0", "normal", False): 7.3852e-03,
@@ -126,25 +125,7 @@ def test_a_column_that_no_token_excited_still_counts() -> None:
         assert difference.norm() < 0.3 * weight.norm(), kind
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("Q4_0", Scheme(4, 32, True)), ("Q8_0", Scheme(8, 32, True))])
-def test_codes_of_a_solver_are_kept_to_the_bit(kind: str, scheme: Scheme, rounded: Any) -> None:
-    weight = rounded(made("normal", 8, 256), scheme, torch.float16)
-    assert torch.equal(decode(encode_codes(weight, kind), kind), weight.dequantize())
-
-
-def test_asymmetric_codes_move_by_less_than_half_a_percent_of_a_step(rounded: Any) -> None:
-    weight = rounded(made("normal", 8, 256), Scheme(4, 32, False), torch.float16)
-    steps = weight.scales.repeat_interleave(32, 1)
-    shifted = ((decode(encode_codes(weight, "Q4_1"), "Q4_1") - weight.dequantize()) / steps).abs().max()
-    assert 0 < shifted <= 0.004
-
-
-def test_what_has_another_grid_is_refused() -> None:
-    codes = torch.zeros(2, 256, dtype=torch.uint8)
-    four = Quantized(codes, torch.ones(2, 4), torch.full((2, 4), 8, dtype=torch.uint8), 4, 64, True)
-    for kind in KINDS:
-        with pytest.raises(ValueError, match=f"is not the grid of {kind}: encode the weights themselves"):
-            encode_codes(four, kind)
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="rows of 384 are no whole number of Q4_K blocks of 256"):
         encode(torch.zeros(2, 384), "Q4_K")
     assert row_bytes("Q6_K", 512) == 420

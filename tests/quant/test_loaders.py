@@ -120,21 +120,47 @@ GGUF_LIMITS = {"F32": 1e-5, "BF16": 1e-3, "Q8_0": 2e-2, "Q4_0": 2e-2, "Q4_1": 2e
 def test_llama_cpp_serves_what_the_blocks_stand_for(
     name: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from qwenfit.quant.gguf_blocks import KINDS, decode, encode
     from qwenfit.quant.gguf_file import GgufFile
-    from qwenfit.quant.gguf_names import column_order, converted, pieces, row_order
+    from qwenfit.quant.gguf_names import pieces
 
-    folder = checkpoint(name, is_wide=True)
+    folder, path = checkpoint(name, is_wide=True), tmp_path / "model.gguf"
     source = open_source(str(folder))
-    kinds = {piece.name: kind for piece in pieces(source) if piece.is_matrix}
-    file = GgufFile(str(tmp_path / "model.gguf"), source, kinds)
-    matrices: dict[str, Any] = {}
+    file = GgufFile(str(path), source, {piece.name: kind for piece in pieces(source) if piece.is_matrix})
     for piece in file.pieces:
         file.convert(piece)
-        if not piece.is_matrix or kind not in KINDS or piece.source.startswith("mtp"):
+    file.finish()
+    check_served(name, kind, folder, path)
+
+
+@pytest.mark.skipif(not SERVER, reason="QWENFIT_LLAMA_SERVER names no built llama-server")
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_llama_cpp_serves_what_the_solver_made(
+    name: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from qwenfit.quant import Recipe, Rule, quantize
+
+    folder = checkpoint(name, is_wide=True)
+    rules = (Rule(r"\.3\.mlp.*down_proj$", 8),)
+    recipe = Recipe(format="gguf", gguf_type=kind, method="gptq", tokens=512, embeddings=6, modules=rules)
+    quantize(str(folder), str(tmp_path / "made"), recipe)
+    check_served(name, kind, folder, tmp_path / "made" / "made.gguf")
+
+
+def stored_matrices(path: Path, folder: Path) -> dict[str, Any]:
+    """What the blocks of a GGUF file stand for, under the source's names and in its order, as gguf-py decodes them."""
+    import gguf
+
+    from qwenfit.quant.gguf_names import column_order, pieces, row_order
+
+    source = open_source(str(folder))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    matrices: dict[str, Any] = {}
+    for piece in pieces(source):
+        if not piece.is_matrix or piece.source.startswith("mtp"):
             continue
-        matrix = converted(piece, source.tensor(piece.source), source.model)
-        numbers = decode(encode(matrix.reshape(-1, matrix.shape[-1]), kind), kind).view(matrix.shape)
+        tensor = stored[piece.name]
+        numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(piece.shape)
         whole = matrices.setdefault(piece.source, torch.empty(source.shape(piece.source)))
         rows, columns = row_order(piece.source, source.model), column_order(piece.source, source.model)
         if rows is not None:
@@ -143,9 +169,12 @@ def test_llama_cpp_serves_what_the_blocks_stand_for(
             whole[:, columns] = numbers
         else:
             whole[..., slice(None) if piece.rows is None else piece.rows, :] = numbers
-    file.finish()
-    expected, plain = reference(folder, matrices), reference(folder, {})
-    found = llama_cpp(tmp_path / "model.gguf", (16, 20, 24, 28, 32, 36, 40))
+    return matrices
+
+
+def check_served(name: str, kind: str, folder: Path, path: Path) -> None:
+    expected, plain = reference(folder, stored_matrices(path, folder)), reference(folder, {})
+    found = llama_cpp(path, (16, 20, 24, 28, 32, 36, 40))
     # The median: where two experts are all but equal, 8 bits of an activation choose the other one.
     from_blocks = median(divergence(expected[length - 1], answer) for length, answer in found)
     from_source = median(divergence(plain[length - 1], answer) for length, answer in found)
