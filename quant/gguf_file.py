@@ -150,7 +150,16 @@ def place_tensors(found: tuple[Piece, ...], source: Source, kinds: Mapping[str, 
     return placed
 
 
-def _header(source: Source, tensors: Mapping[str, Stored]) -> bytes:
+def draft_gguf(path: str, source: Source, tensors: Mapping[str, Stored]) -> None:
+    """A file with a header, but for the vocabulary, and a hole in place of data: for those who read headers only."""
+    header = _header(source, tensors, with_vocabulary=False)
+    last = list(tensors.values())[-1]
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + last.offset_bytes + _aligned(last.bytes))
+
+
+def _header(source: Source, tensors: Mapping[str, Stored], with_vocabulary: bool = True) -> bytes:
     """Everything before the data, padded to the alignment."""
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
@@ -163,7 +172,8 @@ def _header(source: Source, tensors: Mapping[str, Stored]) -> bytes:
         path = os.path.join(folder, "header")
         writer = GGUFWriter(path, _ARCHITECTURES[source.model.architecture])
         _add_model(writer, source, tensors)
-        add_vocabulary(writer, source.folder, source.model.vocab_size)
+        if with_vocabulary:
+            add_vocabulary(writer, source.folder, source.model.vocab_size)
         for name, stored in tensors.items():
             kind = GGMLQuantizationType(ids[stored.kind])
             # The dtype is looked at only where no raw one is given, and bytes would be taken for blocks.

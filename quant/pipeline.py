@@ -21,18 +21,17 @@ from torch import Tensor
 
 from ..kernels.runtime.configuration import read_configuration
 from ..kernels.runtime.process_memory import peak_bytes
-from ..profiles.errors import BadInput, Unsupported
+from ..profiles.errors import BadInput
 from .activations import Activations
 from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
-from .folder_result import FolderResult
-from .gguf_result import GgufResult
 from .journal import Journal
 from .layer_solver import LayerSolver
-from .modules import Module, list_modules
+from .layout import lay_out
+from .modules import Module
 from .output import open_output
-from .recipe import KEEP, Recipe, resolve
+from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
 from .solve import round_to_nearest
 from .source import Source, open_source
@@ -118,8 +117,9 @@ class Sizes:
 
 def sizes(source: str, recipe: Recipe) -> Sizes:
     """Exact, from the headers of the source: nothing is read or written. `QwenfitError` as of `quantize`."""
-    job = _Job(open_source(source), recipe, torch.device("cpu"))
-    return Sizes(job.result.total_bytes, job.source_bytes, job.bits_per_weight, len(job.modules), job.recipe)
+    found = lay_out(open_source(source), recipe)
+    size_bytes = found.result.total_bytes
+    return Sizes(size_bytes, found.source_bytes, found.bits_per_weight, len(found.modules), found.recipe)
 
 
 class _Job:
@@ -128,18 +128,10 @@ class _Job:
     def __init__(self, source: Source, recipe: Recipe, device: torch.device) -> None:
         self.source, self.device = source, device
         self.configuration = read_configuration(source.folder)
-        self.recipe = recipe.completed(self.configuration.is_moe)
-        found = list_modules(source)
-        if self.recipe.lm_head != KEEP and not any(module.part == "lm_head" for module in found):
-            raise Unsupported("the head shares the embedding's weights, which stay as they are: leave out --lm-head")
-        self.schemes, _ = resolve(self.recipe, found)
-        self.modules = [module for module in found if module.name in self.schemes]
-        self.result = (
-            GgufResult(source, self.modules, self.schemes)
-            if self.recipe.format == "gguf"
-            else FolderResult(source, self.recipe.format, self.modules, self.schemes)
-        )
-        self.weights = Weights(source, found, device)
+        self.layout = lay_out(source, recipe)
+        self.recipe, self.result = self.layout.recipe, self.layout.result
+        self.schemes, self.modules = self.layout.schemes, self.layout.modules
+        self.weights = Weights(source, self.layout.found, device)
 
     @cached_property
     def text(self) -> Text | None:
@@ -235,22 +227,13 @@ class _Job:
         hidden = torch.cat([stream.hidden[:].cpu() for stream in streams]) if streams and layer else None
         journal.write(layer, recorder.as_json(), hidden)
 
-    @property
-    def source_bytes(self) -> int:
-        return sum(self.source.bytes(name) for name in self.source.names())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the quantized modules."""
-        return 8 * self.result.quantized_bytes / sum(module.rows * module.columns for module in self.modules)
-
     def summary(self, target: str, results: Iterable[Result], seconds: float, resumed: bool) -> Summary:
         results, method = tuple(results), self.recipe.method
         return Summary(
             target=target,
             bytes=self.result.total_bytes,
-            source_bytes=self.source_bytes,
-            bits_per_weight=self.bits_per_weight,
+            source_bytes=self.layout.source_bytes,
+            bits_per_weight=self.layout.bits_per_weight,
             results=results,
             fallbacks=tuple(one.module for one in results if ".experts." in one.module and one.method != method),
             recipe=self.recipe,

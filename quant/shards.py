@@ -108,6 +108,17 @@ class Shards:
             file.close()
 
 
+def draft_shards(folder: str, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    """Files with the headers that `Shards` would give them and holes in place of data."""
+    parts = _divided(entries, shard_bytes)
+    for number, part in enumerate(parts, 1):
+        header, _ = _laid_out(part)
+        path = os.path.join(folder, f"model-{number:05d}-of-{len(parts):05d}.safetensors")
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(entry.bytes for entry in part))
+
+
 def write_text(path: str, text: str) -> None:
     """A small file, on the disk when it returns. `BadInput` where it cannot be written."""
     try:
