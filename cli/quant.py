@@ -6,20 +6,27 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..profiles.errors import QwenfitError
 from .options import parse_bytes
 from .output import clean, quietly_closed, say, write
-from .quant_page import ProgressLine, dry_run_page, eval_page, inspect_page, summary_page
+from .quant_page import ProgressLine, does_not_fit_page, dry_run_page, eval_page, inspect_page, summary_page
+
+if TYPE_CHECKING:
+    from ..quant.fit import Fitted, Goal
+    from ..quant.recipe import Recipe
 
 HELP = """Quantize a Qwen3.5 checkpoint: layer by layer, on the machine you have, into files that load everywhere.
 
 \b
   qwen-quant --bits 4                        Qwen/Qwen3.5-9B from the cache or the hub, into ./Qwen3.5-9B-int4
   qwen-quant SRC DST --bits 4 --group-size 128 --method gptq --format compressed-tensors
+  qwen-quant SRC DST --fit rtx3060 --ctx 128K  4 bits where they do not hurt, 8 where there is room
   qwen-quant inspect DIR                     what is in a checkpoint, module by module
   qwen-quant eval DIR --reference SRC        perplexity, KL divergence and error by layer
 """
@@ -98,6 +105,10 @@ def _quantize(
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="text, JSONL or Parquet")] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="of calibration text")] = 8192,
     gptaq: Annotated[bool, typer.Option("--gptaq", help="aim at the full-precision outputs; twice the time")] = False,
+    fit: Annotated[str | None, typer.Option(metavar="DEVICE", help="mix 4 and 8 bits so that it fits there")] = None,
+    ctx: Annotated[str, typer.Option(metavar="TOKENS", help="of --fit: per sequence; 131072, 128K")] = "32768",
+    seqs: Annotated[int, typer.Option(metavar="N", help="of --fit: concurrent sequences")] = 1,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="of --fit [default: the planner's choice]")] = None,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1")] = "cpu",
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="activations go to files above it: 4GiB")] = None,
@@ -105,8 +116,10 @@ def _quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the target")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say sizes")] = False,
     json: Json = False,
-) -> None:
+) -> int:
+    from ..planner.tokens import parse_tokens
     from ..quant import quantize
+    from ..quant.fit import Goal, plan_of
     from ..quant.pipeline import sizes
     from ..quant.recipe import GGUF_TYPES, Recipe, read_recipe
 
@@ -132,10 +145,17 @@ def _quantize(
         asked = read_recipe(recipe, asked)
     kind = (asked.gguf_type or GGUF_TYPES[asked.bits]) if asked.format == "gguf" else f"int{asked.bits}"
     where = target or f"./{os.path.basename(source.rstrip('/'))}-{kind}"
-    if dry_run:
-        write(dry_run_page(sizes(source, asked), json))
-        return
     line = ProgressLine(sys.stderr)
+    fitted = None
+    if fit:
+        fitted = _fitted(source, where, asked, Goal(fit, parse_tokens(ctx), seqs, engine), device, line)
+        if fitted.recipe is None:
+            write(does_not_fit_page(fitted, json))
+            return 1
+        asked = fitted.recipe
+    if dry_run:
+        write(dry_run_page(sizes(source, asked), json, fitted))
+        return 0
     try:
         summary = quantize(
             source,
@@ -150,7 +170,31 @@ def _quantize(
         )
     finally:
         line.close()
-    write(summary_page(summary, json))
+    if fitted:
+        _forget_sensitivities(where)
+        fitted = replace(fitted, plan=plan_of(where, fitted))
+    write(summary_page(summary, json, fitted))
+    return 0
+
+
+def _fitted(source: str, where: str, asked: "Recipe", goal: "Goal", device: str, line: ProgressLine) -> "Fitted":
+    """Sensitivities stay beside the target until it is complete: another call with --resume does not measure again."""
+    from ..quant.fit import fit
+
+    try:
+        return fit(source, asked, goal, device=device, memory=_sensitivities(where), watch=line.show_sensitivity)
+    finally:
+        line.close()
+
+
+def _sensitivities(where: str) -> str:
+    folder, name = os.path.split(os.path.abspath(where))
+    return os.path.join(folder, f".{name}.sensitivities.json")
+
+
+def _forget_sensitivities(where: str) -> None:
+    with suppress(OSError):
+        os.unlink(_sensitivities(where))
 
 
 def _inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint")], json: Json = False) -> None:

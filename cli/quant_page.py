@@ -8,6 +8,7 @@ from .output import columns
 
 if TYPE_CHECKING:
     from ..quant.evaluate import Evaluation
+    from ..quant.fit import Fitted
     from ..quant.inspection import Inspection
     from ..quant.pipeline import Sizes, Summary
     from ..quant.recorder import Progress
@@ -38,16 +39,24 @@ class ProgressLine:
             self.layer = progress.layer
             self.stream.write(f"{where}{left}\n")
 
+    def show_sensitivity(self, layer: int, layers: int) -> None:
+        """After every layer whose sensitivity was measured."""
+        text = f"sensitivity of layer {layer}/{layers}"
+        self.stream.write(f"\r{text.ljust(len(self.shown))}" if self.terminal else f"{text}\n")
+        self.stream.flush()
+        self.shown = text if self.terminal else ""
+
     def close(self) -> None:
         """Ends the line."""
         if self.shown:
             self.stream.write("\n")
+            self.shown = ""
 
 
-def summary_page(summary: "Summary", as_json: bool) -> str:
-    """What was made, and its worst modules."""
+def summary_page(summary: "Summary", as_json: bool, fitted: "Fitted | None" = None) -> str:
+    """What was made, its worst modules, and where it fits."""
     if as_json:
-        return _document(asdict(summary) | {"schema": SCHEMA})
+        return _document(asdict(summary) | {"schema": SCHEMA} | _fit_json(fitted))
     rows = [
         ("checkpoint", summary.target),
         ("size", f"{size(summary.bytes)} of {size(summary.source_bytes)} ({summary.bytes / summary.source_bytes:.0%})"),
@@ -56,6 +65,8 @@ def summary_page(summary: "Summary", as_json: bool) -> str:
         ("time", duration(summary.seconds) + (" since it was resumed" if summary.resumed else "")),
         ("peak memory", size(summary.peak_memory_bytes)),
     ]
+    if fitted:
+        rows.append(("fits", _fit_line(fitted)))
     lines = columns(rows)
     measured = sorted((one for one in summary.results if one.error is not None), key=lambda one: -(one.error or 0))
     if measured:
@@ -69,12 +80,59 @@ def summary_page(summary: "Summary", as_json: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def dry_run_page(sizes: "Sizes", as_json: bool) -> str:
+def dry_run_page(sizes: "Sizes", as_json: bool, fitted: "Fitted | None" = None) -> str:
     """What would be made."""
     if as_json:
-        return _document(asdict(sizes) | {"schema": SCHEMA})
+        return _document(asdict(sizes) | {"schema": SCHEMA} | _fit_json(fitted))
     share, made = sizes.bytes / sizes.source_bytes, f"{size(sizes.bytes)} of {size(sizes.source_bytes)}"
-    return f"{made} ({share:.0%}), {sizes.bits_per_weight:.2f} bits per weight in {sizes.modules:,} modules\n"
+    line = f"{made} ({share:.0%}), {sizes.bits_per_weight:.2f} bits per weight in {sizes.modules:,} modules\n"
+    return line if fitted is None else f"{line}Fits {_fit_line(fitted)}.\n"
+
+
+def does_not_fit_page(fitted: "Fitted", as_json: bool) -> str:
+    """Not even all modules at 4 bits fit: by how much, and what may help."""
+    if as_json:
+        return _document({"schema": SCHEMA} | _fit_json(fitted))
+    goal, plan = fitted.goal, fitted.plan
+    lines = [
+        f"Does not fit {goal.device} at {goal.ctx_tokens:,} tokens x {goal.seqs}, with every module at 4 bits: "
+        f"{size(-fitted.spare_bytes)} too much in {_engine(fitted)}.",
+        *(f"  {reason}" for reason in plan.reasons),
+    ]
+    if fitted.advice:
+        lines += ["", "What to change:", *(f"  {one.change}: {one.effect}" for one in fitted.advice)]
+    return "\n".join(lines) + "\n"
+
+
+def _fit_line(fitted: "Fitted") -> str:
+    goal, raised = fitted.goal, len(fitted.raised)
+    where = f"{goal.device} at {goal.ctx_tokens:,} tokens x {goal.seqs} in {_engine(fitted)}"
+    share = f"{raised} of {len(fitted.sensitivities)} groups of modules at 8 bits"
+    return f"{where}, {size(fitted.spare_bytes)} to spare; {share}"
+
+
+def _engine(fitted: "Fitted") -> str:
+    plan = fitted.plan
+    return f"{plan.engine} {plan.engine_version} with the KV cache in {plan.kv_dtype}"
+
+
+def _fit_json(fitted: "Fitted | None") -> dict[str, Any]:
+    if fitted is None:
+        return {}
+    plan = fitted.plan
+    groups = {name: [asdict(group) for group in getattr(fitted, name)] for name in ("raised", "sensitivities")}
+    goal = asdict(fitted.goal)
+    advice = [asdict(one) for one in fitted.advice]
+    return {
+        "fit": {
+            **goal,
+            "fits": plan.fits,
+            "advice": advice,
+            "spare_bytes": fitted.spare_bytes,
+            **groups,
+            "plan": plan.to_json(),
+        }
+    }
 
 
 def inspect_page(found: "Inspection", as_json: bool) -> str:

@@ -187,7 +187,7 @@ def resolve(recipe: Recipe, modules: Iterable[Module]) -> tuple[dict[str, Scheme
     wanted: dict[str, Scheme | None] = {}
     for module in modules:
         key = fused_with(module.name)
-        rule = _first_rule(recipe.modules, module.name)
+        rule = first_rule(recipe.modules, module.name)
         if key in wanted and rule is None:
             continue
         wanted[key] = _scheme(recipe, module, rule)
@@ -228,7 +228,8 @@ def _bits_by_part(recipe: Recipe, module: Module) -> int:
     return recipe.bits
 
 
-def _first_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
+def first_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
+    """The rule that decides about a module's full name."""
     return next((rule for rule in rules if re.search(rule.match, name)), None)
 
 

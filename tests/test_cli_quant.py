@@ -72,6 +72,21 @@ def test_dry_run_is_the_size_of_the_run(here: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["bytes"] == planned["bytes"]
 
 
+def test_fit_says_what_it_raised_and_where_it_fits(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quant.main(["Small", "fits", *FAST, "--fit", "rtx3060", "--ctx", "4K", "--json"]) == 0
+    out, progress = capsys.readouterr()
+    found = json.loads(out)
+    assert found["fit"]["fits"] and found["fit"]["ctx_tokens"] == 4096 and found["fit"]["spare_bytes"] > 0
+    assert {one["bits"] for one in found["results"]} == {8} and "sensitivity of layer 4/4" in progress
+    assert len(found["fit"]["raised"]) == len(found["fit"]["sensitivities"]) == 16
+    assert found["fit"]["plan"]["fits"] and sorted(path.name for path in here.iterdir()) == ["Small", "fits"]
+    assert quant.main(["Small", "never", *FAST, "--fit", "rtx3060", "--ctx", "1M", "--seqs", "4096"]) == 1
+    page = capsys.readouterr().out
+    assert page.startswith("Does not fit rtx3060 at 1,048,576 tokens x 4096") and not (here / "never").exists()
+    assert quant.main(["Small", "never", *FAST, "--fit", "rtx3061"]) == 2
+    assert "rtx3060" in capsys.readouterr().err  # did you mean
+
+
 def test_a_recipe_file_overrides(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "recipe.yaml").write_text("bits: 8\ngroup_size: -1\nmodules:\n  - {match: 'layers.0', bits: 16}\n")
     assert quant.main(["Small", "out", "--recipe", "recipe.yaml", "--json"]) == 0
