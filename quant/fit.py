@@ -94,7 +94,7 @@ def fit(
     ordered = tuple(sorted(found, key=lambda group: -group.error / group.weights))
 
     def attempt(groups: Sequence[Sensitivity]) -> EnginePlan | None:
-        made = _planned(lay_out(opened, _raised(base, groups)), fixed)
+        made = _planned(lay_out(opened, raised(base, groups)), fixed)
         return made if made.fits and not (needs_sure and made.tight) else None
 
     count = _most(lambda number: attempt(ordered[:number]) is not None, len(ordered))
@@ -104,7 +104,7 @@ def fit(
         if attempt([*chosen, group]):
             chosen.append(group)
     best = attempt(chosen) or first
-    return Fitted(goal, _raised(base, chosen), best, tuple(chosen), ordered)
+    return Fitted(goal, raised(base, chosen), best, tuple(chosen), ordered)
 
 
 def plan_of(target: str, fitted: Fitted) -> EnginePlan:
@@ -126,10 +126,11 @@ def _base(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _raised(base: Recipe, groups: Sequence[Sensitivity]) -> Recipe:
+def raised(base: Recipe, groups: Sequence[Sensitivity]) -> Recipe:
+    """The recipe with these groups at 8 bits; rules that it has already go first."""
     names = [name for group in groups for name in group.modules]
-    raised = tuple(Rule(f"^{rule}", HIGH_BITS) for rule in rules(names, beside_mtp=True))
-    return replace(base, modules=(*base.modules, *raised))
+    more = tuple(Rule(f"^{rule}", HIGH_BITS) for rule in rules(names, beside_mtp=True))
+    return replace(base, modules=(*base.modules, *more))
 
 
 def _planned(layout: Layout, goal: Goal) -> EnginePlan:

@@ -60,14 +60,14 @@ def test_real_shapes_on_a_real_card(empty_9b: str, form: str) -> None:
     """9B on an RTX 3060 at 128K: more than nothing and less than everything at 8 bits, and no group more fits."""
     if form == "gguf":
         pytest.importorskip("gguf", reason="GGUF files are written with it: pip install gguf")
-    recipe = Recipe(format=form, **({"embeddings": 6, "lm_head": 6} if form == "gguf" else {}))
+    recipe = Recipe(format="gguf", embeddings=6, lm_head=6) if form == "gguf" else Recipe(format=form)
     fitted = fit(empty_9b, recipe, Goal("rtx3060", 131072))
     assert fitted.recipe and fitted.plan.fits and fitted.spare_bytes >= 0
     assert 0 < len(fitted.raised) < len(fitted.sensitivities) == 128
     gains = [group.error / group.weights for group in fitted.sensitivities]
     assert gains == sorted(gains, reverse=True)
     first_out = next(group for group in fitted.sensitivities if group not in fitted.raised)
-    more = fit_module._raised(fitted.recipe, [first_out])
+    more = fit_module.raised(fitted.recipe, [first_out])
     layout = fit_module.lay_out(fit_module.open_source(empty_9b), more)
     goal = Goal("rtx3060", 131072, 1, fitted.plan.engine, fitted.plan.kv_dtype)
     worse = fit_module._planned(layout, goal)

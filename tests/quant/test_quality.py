@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("tokenizers", reason="the calibration text is tokenized: pip install tokenizers")
 
 from qwenfit.quant import Recipe, quantize
+from qwenfit.quant import fit as fit_module
 from qwenfit.quant.calibration import consecutive_sequences, read_text, read_tokenizer
 from qwenfit.quant.evaluate import evaluate
+from qwenfit.quant.fit import Goal, fit
 
 SMALL_HYBRID = Path(__file__).parents[1] / "data" / "small_hybrid"
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,3 +50,23 @@ def test_gptq_is_better_than_awq(divergence: dict[str, float]) -> None:
 
 def test_full_precision_targets_are_better(divergence: dict[str, float]) -> None:
     assert divergence["gptaq"] < 0.99 * divergence["gptq"], divergence
+
+
+def test_eight_bits_where_it_hurts_are_worth_more_than_elsewhere(tmp_path: Path) -> None:
+    """A quarter of the weights at 8 bits: 0.0016 by sensitivity, 0.0039 in the opposite order."""
+    source, calibration = str(SMALL_HYBRID), str(SMALL_HYBRID / "calibration.txt")
+    recipe = Recipe(symmetric=True, calibration=calibration, tokens=8192, sequence_tokens=256)
+    groups = fit(source, recipe, Goal("rtx3090", 4096)).sensitivities
+    quarter = sum(group.weights for group in groups) // 4
+    sequences = consecutive_sequences(read_text(str(SMALL_HYBRID / "heldout.txt")), read_tokenizer(source), 256, 4096)
+    found = []
+    for order in (groups, groups[::-1]):
+        chosen, taken = [], 0
+        for group in order:
+            if taken + group.weights <= quarter:
+                chosen.append(group)
+                taken += group.weights
+        target = str(tmp_path / f"made-{len(found)}")
+        made = quantize(source, target, fit_module.raised(recipe, chosen))
+        found.append(evaluate(made.target, source, sequences).mean_kl)
+    assert found[0] < 0.6 * found[1], found
