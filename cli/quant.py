@@ -112,6 +112,7 @@ def _quantize(
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1")] = "cpu",
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="activations go to files above it: 4GiB")] = None,
+    workers: Annotated[str | None, typer.Option(metavar="ADDRESS", help="solve on Ray: auto, ray://HOST:PORT")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the target")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say sizes")] = False,
@@ -165,6 +166,7 @@ def _quantize(
             resume=resume,
             device=device,
             max_ram_bytes=parse_bytes(max_ram) if max_ram else None,
+            workers=workers,
             command=" ".join(["qwen-quant", *sys.argv[1:]]),
             watch=line.show,
         )

@@ -6,21 +6,22 @@ the original weights, and the targets are its outputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .activations import Activations
 from .decoder import EXPERTS, DecoderLayer, Stream
+from .experts import EXPERT, Method, solve_by, solve_expert
 from .hessian import CHUNK_TOKENS, Hessian
 from .modules import STAGES, Module
 from .quantized import Scheme
 from .recorder import Recorder
-from .smoother import round_for_inputs, smooth_layer
-from .solve import LEAST_TOKENS, Solved, grid_of, solve_together
+from .smoother import smooth_layer
+from .solve import Solved, grid_of, solve_together
 from .tasks import one_thread_each
 from .weights import Weights
+from .workers import Here, RayCluster
 
 SHARED = "mlp.shared_expert."
 
@@ -32,15 +33,15 @@ class LayerSolver:
     weights: Weights
     recorder: Recorder
     schemes: Mapping[str, Scheme]
-    damping: float
-    method: str = "gptq"
+    method: Method
+    workers: Here | RayCluster = field(default_factory=Here)
 
     def solve_layer(self, layers: list[DecoderLayer], streams: list[Stream], modules: Mapping[str, Module]) -> None:
         """Quantize a layer's modules. layers, streams: the quantized one first, then the full-precision one if any.
 
         The layers hold the original weights; streams end behind the layer.
         """
-        if self.method == "awq":
+        if self.method.name == "awq":
             self._smooth(layers[0], streams[0], modules)
         for stage in layers[0].stages:
             if stage == EXPERTS:
@@ -48,7 +49,7 @@ class LayerSolver:
                 continue
             inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
             here = {leaf: modules[leaf] for leaf in STAGES[stage] if leaf in modules}
-            if here and self.method == "gptq":
+            if here and self.method.name == "gptq":
                 originals = {leaf: layers[0].weights[leaf] for leaf in here}
                 for leaf, solved in self._solve(here, originals, accumulated(inputs)).items():
                     layers[0].weights[leaf] = solved.weight.dequantize()
@@ -75,17 +76,16 @@ class LayerSolver:
     def _solve(
         self, modules: Mapping[str, Module], originals: Mapping[str, Tensor], hessian: Hessian
     ) -> dict[str, Solved]:
-        schemes = {leaf: self.schemes[module.name] for leaf, module in modules.items()}
-        if self.method == "awq" and hessian.tokens >= LEAST_TOKENS:
-            mean = hessian.mean()
-            grids = {leaf: grid_of(scheme, self.recorder.result.scale_dtype) for leaf, scheme in schemes.items()}
-            solved = {leaf: round_for_inputs(originals[leaf], mean, grids[leaf]) for leaf in modules}
+        result, method = self.recorder.result, self.method
+        names = {leaf: module.name for leaf, module in modules.items()}
+        schemes = {leaf: self.schemes[name] for leaf, name in names.items()}
+        if method.name == "gptq":
+            orders = {leaf: result.orders[name] for leaf, name in names.items() if name in result.orders}
+            solved = solve_together(
+                originals, schemes, hessian, method.scale_dtype, method.damping, orders, self.workers
+            )
         else:
-            result = self.recorder.result
-            orders = {
-                leaf: result.orders[module.name] for leaf, module in modules.items() if module.name in result.orders
-            }
-            solved = solve_together(originals, schemes, hessian, result.scale_dtype, self.damping, orders)
+            solved = solve_by(method, originals, schemes, hessian)
         for leaf, module in modules.items():
             self.recorder.write(module, solved[leaf])
         return solved
@@ -103,13 +103,14 @@ class LayerSolver:
             for at, (layer, x) in enumerate(zip(layers, tokens, strict=True))
         ]
         routes = [layer.route(x) for layer, x in zip(layers, tokens, strict=True)]
-        for expert in range(layers[0].configuration.num_experts):
-            original = self._expert_weights(layers[0], expert)
-            here = {name: modules.get(f"mlp.experts.{expert}.{name}") for name in original}
-            for at, (x, (chosen, shares), out) in enumerate(zip(tokens, routes, outs, strict=True)):
+        experts = range(layers[0].configuration.num_experts)
+        found = self.workers.map(solve_expert, (self._job(layers[0], e, tokens, routes, modules) for e in experts))
+        for expert, (solved, results) in zip(experts, found, strict=True):
+            for name, one in solved.items():
+                self.recorder.write(modules[f"mlp.experts.{expert}.{name}"], one)
+            for (chosen, shares), out, result in zip(routes, outs, results, strict=True):
                 rows, place = (chosen == expert).nonzero(as_tuple=True)
-                result = self._expert(x[rows], original, here if at == 0 else {})
-                out[rows] += result * shares[rows, place, None]
+                out[rows] += result.to(out.device) * shares[rows, place, None]
         for stream, x, out in zip(streams, inputs, outs, strict=True):
             stream.hidden[:] = stream.hidden[:] + out
             stream.inner = None
@@ -128,27 +129,20 @@ class LayerSolver:
         with one_thread_each(x.device):
             return layer.linear(inner, leaf).mul_(share)
 
-    def _expert(self, x: Tensor, original: Mapping[str, Tensor], modules: Mapping[str, Module | None]) -> Tensor:
-        """One expert on its tokens x [n, E]: what comes out of it, [n, E], quantized where there are modules."""
-        weights = dict(original)
-        for names in (("gate_proj", "up_proj"), ("down_proj",)):
-            here = {name: module for name in names if (module := modules.get(name)) is not None}
-            read = x if "gate_proj" in names else self._inner(x, weights)
-            if here:
-                hessian = Hessian(read.shape[1], x.device)
-                if len(read):
-                    hessian.add(read)
-                for name, solved in self._solve(here, {name: original[name] for name in here}, hessian).items():
-                    weights[name] = solved.weight.dequantize()
-        with one_thread_each(x.device):
-            return F.linear(self._inner(x, weights), weights["down_proj"].float())
-
-    def _inner(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        gate, up = (F.linear(x, weights[name].float()) for name in ("gate_proj", "up_proj"))
-        return F.silu(gate).mul_(up)
-
-    def _expert_weights(self, layer: DecoderLayer, expert: int) -> dict[str, Tensor]:
-        return {name: self.weights.expert(layer.number, expert, name) for name in ("gate_proj", "up_proj", "down_proj")}
+    def _job(
+        self,
+        layer: DecoderLayer,
+        expert: int,
+        tokens: list[Tensor],
+        routes: list[tuple[Tensor, Tensor]],
+        modules: Mapping[str, Module],
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Scheme], Method]:
+        """What `solve_expert` takes."""
+        leaves = {name: f"mlp.experts.{expert}.{name}" for name in EXPERT}
+        inputs = [x[(chosen == expert).any(dim=1)] for x, (chosen, _) in zip(tokens, routes, strict=True)]
+        weights = {name: self.weights.expert(layer.number, expert, name) for name in EXPERT}
+        schemes = {name: self.schemes[modules[leaf].name] for name, leaf in leaves.items() if leaf in modules}
+        return inputs, weights, schemes, self.method
 
 
 def accumulated(inputs: list[Activations]) -> Hessian:

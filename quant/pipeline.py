@@ -26,6 +26,7 @@ from .activations import Activations
 from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
+from .experts import Method
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .layout import lay_out
@@ -36,6 +37,7 @@ from .recorder import Progress, Recorder, Result
 from .solve import round_to_nearest
 from .source import Source, open_source
 from .weights import Weights
+from .workers import Here, RayCluster, workers_at
 
 PROCESS_BYTES = 500_000_000
 """Python, torch and what its allocator keeps."""
@@ -71,14 +73,16 @@ def quantize(
     resume: bool = False,
     device: str = "cpu",
     max_ram_bytes: int | None = None,
+    workers: str | None = None,
     command: str = "",
     watch: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Quantize the checkpoint that `source` names into the folder `target`.
 
-    max_ram_bytes: activations go to files beside the result where everything together would take more. command: for
-    the model card. watch: called after every module. `QwenfitError` in one sentence for whatever is wrong; the source
-    is never written to, and what was done so far stays for `resume`.
+    max_ram_bytes: activations go to files beside the result where everything together would take more. workers: a Ray
+    cluster that solves, `auto` or `ray://HOST:PORT`. command: for the model card. watch: called after every module.
+    `QwenfitError` in one sentence for whatever is wrong; the source is never written to, and what was done so far stays
+    for `resume`.
     """
     started = time.monotonic()
     job = _Job(open_source(source), recipe, torch.device(device))
@@ -92,8 +96,11 @@ def quantize(
     recorder = Recorder(job.result, job.schemes, job.configuration.num_layers, done, watch)
     job.result.open(output)
     try:
-        with tempfile.TemporaryDirectory(prefix=".activations-", dir=output.folder) as scratch:
-            job.work(recorder, journal, state, scratch if spills else None)
+        with (
+            workers_at(workers) as solvers,
+            tempfile.TemporaryDirectory(prefix=".activations-", dir=output.folder) as scratch,
+        ):
+            job.work(recorder, journal, state, scratch if spills else None, solvers)
         job.result.finish()
     finally:
         job.result.close()
@@ -152,14 +159,22 @@ class _Job:
         recipe = self.recipe.text() + (self.text.sha256 if self.text else "")
         return {"source": self.source.fingerprint(), "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
 
-    def work(self, recorder: Recorder, journal: Journal, state: Mapping[str, Any] | None, folder: str | None) -> None:
+    def work(
+        self,
+        recorder: Recorder,
+        journal: Journal,
+        state: Mapping[str, Any] | None,
+        folder: str | None,
+        workers: Here | RayCluster,
+    ) -> None:
         """Everything that `state` does not call done. folder: where activations go; None keeps them in memory."""
         first = int(state["layer"]) if state else 0
         streams = self._streams(journal, first, folder)
         if state is None:
             self.result.copy()
             self._save(recorder, journal, 0, streams)
-        solver = LayerSolver(self.weights, recorder, self.schemes, self.recipe.damping, str(self.recipe.method))
+        method = Method(str(self.recipe.method), self.result.scale_dtype, self.recipe.damping)
+        solver = LayerSolver(self.weights, recorder, self.schemes, method, workers)
         for number in range(first, self.configuration.num_layers):
             modules = {module.leaf: module for module in self.modules if module.layer == number}
             if streams:

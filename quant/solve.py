@@ -12,6 +12,7 @@ from .gptq import gptq
 from .grid import Grid, rtn
 from .hessian import Hessian, output_error
 from .quantized import Quantized, Scheme
+from .workers import Here, RayCluster
 
 ERROR_ROWS = 256
 LEAST_TOKENS = 2
@@ -44,12 +45,13 @@ def solve_together(
     scale_dtype: torch.dtype,
     damping: float,
     orders: Mapping[str, Tensor] | None = None,
+    workers: Here | RayCluster | None = None,
 ) -> dict[str, Solved]:
     """GPTQ of all matrices [O, I] that read one input; the Hessian, and its cross term where it has one, is used up.
 
-    orders: for matrices whose columns stand in another order in the file, see `GgufMatrix`.
+    orders: for matrices whose columns stand in another order in the file, see `GgufMatrix`. workers: who solves.
     """
-    orders = orders or {}
+    orders, workers = orders or {}, workers or Here()
     if hessian.tokens < LEAST_TOKENS:
         return {
             name: round_to_nearest(weight, schemes[name], scale_dtype, orders.get(name))
@@ -57,16 +59,26 @@ def solve_together(
         }
     cross = hessian.cross_mean() if hessian.has_cross else None
     mean = hessian.mean()
-    factor = factorize(mean, damping=damping)
-    solved = {}
-    for name, weight in weights.items():
-        scheme = schemes[name]
-        if scheme.kind:
-            quantized = solve_matrix(weight, scheme.kind, factor, orders.get(name), cross)
-        else:
-            quantized = _solve_groups(weight, scheme, factor, scale_dtype, cross)
-        solved[name] = Solved(quantized, sampled_error(weight, quantized, mean), "gptq")
-    return solved
+    shared = [workers.share(one) for one in (factorize(mean, damping=damping), mean, cross)]
+    jobs = ((weight, schemes[name], scale_dtype, orders.get(name), *shared) for name, weight in weights.items())
+    return dict(zip(weights, workers.map(solve_module, jobs), strict=True))
+
+
+def solve_module(
+    weight: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    order: Tensor | None,
+    factor: Factor,
+    mean: Tensor,
+    cross: Tensor | None,
+) -> Solved:
+    """GPTQ of one matrix [O, I]; mean: H, float32 [I, I], of which `factor` is."""
+    if scheme.kind:
+        quantized = solve_matrix(weight, scheme.kind, factor, order, cross)
+    else:
+        quantized = _solve_groups(weight, scheme, factor, scale_dtype, cross)
+    return Solved(quantized, sampled_error(weight, quantized, mean), "gptq")
 
 
 def _solve_groups(
