@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..profiles.errors import QwenfitError
+from .error_chart import check_chart, draw_errors
 from .options import parse_bytes
 from .output import clean, quietly_closed, say, write
 from .quant_page import ProgressLine, does_not_fit_page, dry_run_page, eval_page, inspect_page, summary_page
@@ -214,6 +215,7 @@ def _eval(
     sequence: Annotated[int, typer.Option(metavar="N", help="tokens of a sequence")] = 512,
     device: Annotated[str, typer.Option(metavar="NAME")] = "cpu",
     max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="exit 1 where the mean KL is above it")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="error by layer as .svg, .png or .pdf")] = None,
     json: Json = False,
 ) -> int:
     """Perplexity, KL divergence, top-1 agreement and error by layer of a checkpoint against its reference."""
@@ -221,8 +223,12 @@ def _eval(
     from ..quant.evaluate import evaluate
 
     _check_device(device)
+    if plot:
+        check_chart(plot)
     sequences = consecutive_sequences(read_text(text), read_tokenizer(reference), sequence, tokens)
     found = evaluate(folder, reference, sequences, device=device)
+    if plot:
+        draw_errors(found, os.path.basename(os.path.abspath(folder)), plot)
     write(eval_page(found, json))
     return 1 if max_kl is not None and found.mean_kl > max_kl else 0
 

@@ -56,6 +56,17 @@ def test_a_checkpoint_its_inspection_and_its_evaluation(here: Path, capsys: pyte
     assert found["schema"] == 1 and 0 < found["mean_kl"] < 1 and len(found["layer_errors"]) == 4
 
 
+def test_eval_draws_a_bar_per_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="it draws: pip install matplotlib")
+    assert quant.main(["Small", "out", "--bits", "8", "--group-size", "32"]) == 0
+    words = ["eval", "out", "--reference", "Small", "--tokens", "64", "--sequence", "32", "--plot"]
+    assert quant.main([*words, "errors.svg"]) == 0
+    drawn = (here / "errors.svg").read_text()
+    assert [f"layer-{number}" in drawn for number in range(5)] == [True] * 4 + [False]
+    assert quant.main([*words, "errors.doc"]) == 2
+    assert "ends in .svg, .png, .pdf" in capsys.readouterr().err
+
+
 def test_json_says_what_was_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quant.main(["Small", "there", "--bits", "8", "--group-size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -4,6 +4,7 @@ A local cluster of two workers is started as its users start one; a worker is ki
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,17 +40,28 @@ def test_what_is_no_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A head with two CPUs on this machine, found by `auto`."""
     pytest.importorskip("ray", reason="the cluster's tests need Ray: bash tests/engines/run ray")
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "check": True}
-    head = ["start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--disable-usage-stats"]
-    subprocess.run([*ray, *head, "--object-store-memory=200000000"], **quiet)
+    words = ["start", "--head", "--block", "--num-cpus=2", "--port=0", "--include-dashboard=false"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *words, "--object-store-memory=200000000"]
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+    with open(log, "w") as output:
+        # A session of its own: `ray stop` would look for processes by their names, and find others.
+        head = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
+        for _ in range(600):
+            if "Ray runtime started" in log.read_text():
+                break
+            assert head.poll() is None, log.read_text()
+            time.sleep(0.2)
         yield
     finally:
-        subprocess.run([*ray, "stop", "--force"], **quiet)
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
 
 
 @pytest.mark.engines
@@ -99,7 +111,8 @@ def test_a_worker_killed_in_the_middle_of_a_run(checkpoint: Callable[..., Path],
     def kill(progress: object) -> None:
         if len(killed) < 3:
             for process in psutil.process_iter(["cmdline"]):
-                if "ray::" in " ".join(process.info["cmdline"] or ()):
+                title = " ".join(process.info["cmdline"] or ())
+                if title.startswith(("ray::solve", "ray::IDLE")):  # not its agents: Ray stops without them
                     killed.append(process.pid)
                     process.kill()
                     break
