@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .placed_file import refuse
+from .positioned import BINARY, read_at, write_at
 
 
 class Activations:
@@ -21,7 +22,7 @@ class Activations:
         self._file = -1
         if path:
             try:
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o600)
             except OSError as error:
                 refuse(path, error)
 
@@ -35,7 +36,7 @@ class Activations:
         part = torch.empty(stop - start, self.columns)
         buffer, offset = part.view(-1).view(torch.uint8).numpy().data, 4 * self.columns * start
         while buffer:
-            count = os.preadv(self._file, [buffer], offset)
+            count = read_at(self._file, buffer, offset)
             if count == 0:
                 raise ValueError(f"{self.path} is shorter than what was written to it")
             buffer, offset = buffer[count:], offset + count
@@ -51,9 +52,7 @@ class Activations:
         rows = part.detach().float().cpu().contiguous()
         buffer, offset = rows.view(-1).view(torch.uint8).numpy().data, 4 * self.columns * start
         try:
-            while buffer:
-                count = os.pwritev(self._file, [buffer], offset)
-                buffer, offset = buffer[count:], offset + count
+            write_at(self._file, buffer, offset)
         except OSError as error:
             refuse(str(self.path), error)
 

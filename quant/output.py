@@ -133,11 +133,12 @@ def _replace(folder: str, target: str) -> None:
     if os.path.lexists(target):
         os.rename(target, old)
     os.rename(folder, target)
-    descriptor = os.open(parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name != "nt":  # Windows opens no folders, and has renamed when it returns
+        descriptor = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import os
 from typing import NoReturn
 
 from ..profiles.errors import BadInput
+from .positioned import BINARY, free_bytes, sync, take_room, taken_bytes, write_at
 
 
 class PlacedFile:
@@ -18,7 +19,7 @@ class PlacedFile:
         """resume: a file that is there is gone on with. `BadInput` where it has another size, or cannot be written."""
         self.path, self.size_bytes, self.header_bytes = path, size_bytes, header_bytes
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o666)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | BINARY | (0 if resume else os.O_EXCL), 0o666)
             found_bytes = os.fstat(self._file).st_size
             if found_bytes not in (0, size_bytes):
                 os.close(self._file)
@@ -37,7 +38,7 @@ class PlacedFile:
     def sync(self) -> None:
         """Waits until what was written would survive a power cut."""
         try:
-            os.fdatasync(self._file)
+            sync(self._file)
         except OSError as error:
             refuse(self.path, error)
 
@@ -57,23 +58,21 @@ class PlacedFile:
 
     def _take_room(self) -> None:
         """Has the disk keep all bytes for this file. Asks first: a disk that is filled to the brim harms others."""
-        disk, taken_bytes = os.fstatvfs(self._file), 512 * os.fstat(self._file).st_blocks
+        taken = taken_bytes(self._file)
         try:
-            if disk.f_bavail * disk.f_frsize < self.size_bytes - taken_bytes:
+            if free_bytes(self.path) < self.size_bytes - taken:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.size_bytes:
-                os.posix_fallocate(self._file, 0, self.size_bytes)
+                take_room(self._file, self.size_bytes)
         except OSError:
-            if not taken_bytes:
+            if not taken:
                 os.ftruncate(self._file, 0)  # what was taken before the disk was full
             self.close()
             raise
 
     def _write(self, offset_bytes: int, view: memoryview) -> None:
         try:
-            while view:  # Linux writes at most 2 GiB at once
-                count = os.pwrite(self._file, view, offset_bytes)
-                view, offset_bytes = view[count:], offset_bytes + count
+            write_at(self._file, view, offset_bytes)
         except OSError as error:
             refuse(self.path, error)
 

@@ -4,7 +4,6 @@ import errno
 import os
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,14 +60,16 @@ def test_nothing_is_written_outside_the_data(tmp_path: Path) -> None:
         (errno.EACCES, "writing there is not permitted; give another target"),
     ],
 )
-@pytest.mark.parametrize("call", ["open", "posix_fallocate", "pwrite", "fdatasync"])
+@pytest.mark.parametrize(
+    "call", ["placed_file.os.open", "positioned._fallocate", "positioned._pwrite", "positioned._fsync"]
+)
 def test_what_the_disk_refuses(
     number: int, sentence: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(f"qwenfit.quant.placed_file.os.{call}", refuse)
+    monkeypatch.setattr(f"qwenfit.quant.{call}", refuse)
     with pytest.raises(BadInput, match=f"a cannot be written: {sentence}"):
         file = PlacedFile(str(tmp_path / "a"), 50, 10)
         file.write(10, b"x" * 40)
@@ -83,8 +84,8 @@ def test_the_room_is_taken_before_the_work(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_noticed_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is a made one: a real one that is filled to the brim fails whatever else runs on the machine."""
     asked: list[int] = []
-    monkeypatch.setattr("qwenfit.quant.placed_file.os.fstatvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=4096))
-    monkeypatch.setattr("qwenfit.quant.placed_file.os.posix_fallocate", lambda *args: asked.append(args[2]))
+    monkeypatch.setattr("qwenfit.quant.placed_file.free_bytes", lambda _: 40960)
+    monkeypatch.setattr("qwenfit.quant.positioned._fallocate", lambda *args: asked.append(args[2]))
     with pytest.raises(BadInput, match="a cannot be written: the disk is full; free some space"):
         PlacedFile(str(tmp_path / "a"), 40961, 10)
     assert not asked and (tmp_path / "a").stat().st_size == 0
@@ -99,7 +100,7 @@ def test_a_disk_that_others_fill_meanwhile(tmp_path: Path, monkeypatch: pytest.M
         os.ftruncate(descriptor, 500)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("qwenfit.quant.placed_file.os.posix_fallocate", half)
+    monkeypatch.setattr("qwenfit.quant.positioned._fallocate", half)
     with pytest.raises(BadInput, match="the disk is full"):
         PlacedFile(str(tmp_path / "a"), 1000, 10)
     assert (tmp_path / "a").stat().st_size == 0

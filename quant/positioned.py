@@ -1,0 +1,62 @@
+"""Files read and written by position, by several threads at once: by the system's own calls, or where it has none
+(Windows), one at a time behind a lock. macOS has neither fdatasync nor posix_fallocate."""
+
+import os
+import shutil
+from threading import Lock
+from typing import Any
+
+BINARY = getattr(os, "O_BINARY", 0)
+_alone = Lock()
+_pread: Any = getattr(os, "preadv", None)
+_pwrite: Any = getattr(os, "pwrite", None)
+_fallocate: Any = getattr(os, "posix_fallocate", None)
+_fsync: Any = getattr(os, "fdatasync", os.fsync)
+
+
+def read_at(file: int, buffer: memoryview, offset_bytes: int) -> int:
+    """Fills the beginning of `buffer`; how many bytes, 0 at the end of the file. OSError as of the system."""
+    if _pread:
+        return _pread(file, [buffer], offset_bytes)
+    with _alone:
+        os.lseek(file, offset_bytes, os.SEEK_SET)
+        part = os.read(file, min(len(buffer), 1 << 26))
+    buffer[: len(part)] = part
+    return len(part)
+
+
+def write_at(file: int, data: memoryview, offset_bytes: int) -> None:
+    """All of `data`. OSError as of the system."""
+    while data:  # Linux writes at most 2 GiB at once
+        if _pwrite:
+            count = _pwrite(file, data, offset_bytes)
+        else:
+            with _alone:
+                os.lseek(file, offset_bytes, os.SEEK_SET)
+                count = os.write(file, data[: 1 << 26])
+        data, offset_bytes = data[count:], offset_bytes + count
+
+
+def sync(file: int) -> None:
+    """Waits until what was written would survive a power cut."""
+    _fsync(file)
+
+
+def free_bytes(path: str) -> int:
+    """What this process may still write on the disk of an existing file."""
+    return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+
+
+def taken_bytes(file: int) -> int:
+    """What the disk keeps for an open file already."""
+    status = os.fstat(file)
+    blocks = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else 512 * blocks
+
+
+def take_room(file: int, size_bytes: int) -> None:
+    """Has the disk keep so many bytes; where it cannot promise that, the file has the size at least."""
+    if _fallocate:
+        _fallocate(file, 0, size_bytes)
+    else:
+        os.ftruncate(file, size_bytes)
