@@ -17,6 +17,8 @@ from .shards import Entry, Shards
 from .solve import Solved
 from .source import Source
 
+BLOCK_BYTES = 64 << 20
+"""Of weights in 16 bits that are rounded at a time."""
 FILES: dict[str, Any] = {"compressed-tensors": compressed_tensors_file, "gptq": gptq_file, "awq": awq_file}
 
 
@@ -93,7 +95,7 @@ class FolderResult:
         if not self.file.ROWS_APART or module.expert is not None:
             yield slice(0, module.rows)
             return
-        step = max(8, (64 << 20) // (2 * module.columns) // 8 * 8)
+        step = max(8, BLOCK_BYTES // (2 * module.columns) // 8 * 8)
         for start in range(0, module.rows, step):
             yield slice(start, min(start + step, module.rows))
 
