@@ -21,6 +21,8 @@ BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE_ROWS = 256
+TILE_ELEMENTS = {"cpu": 1 << 17}
+"""Rounded at a time: on a CPU a few temporaries of it stay in the cache."""
 REFINEMENTS = 3
 
 
@@ -117,12 +119,18 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
     """Codes uint8 [O, I]: every weight to its nearest level. scales, zeros: [O, G]."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    for at in range(0, rows, TILE_ROWS):
-        part = weight[at : at + TILE_ROWS].float()
+    step = max(1, TILE_ELEMENTS.get(weight.device.type, rows * columns) // columns)
+    top = float(2**bits - 1)
+
+    def encode(at: int) -> None:
+        part = weight[at : at + step].to(torch.float32, copy=True)
         _check_finite(part)
-        zero = zeros[at : at + TILE_ROWS].float().unsqueeze(2)
-        grouped = part.unflatten(1, (scales.shape[1], -1)) / scales[at : at + TILE_ROWS].unsqueeze(2)
-        codes[at : at + TILE_ROWS] = nearest_level(grouped, zero, float(2**bits - 1)).add_(zero).flatten(1)
+        zero = zeros[at : at + step].float().unsqueeze(2)
+        part = part.unflatten(1, (scales.shape[1], -1)).div_(scales[at : at + step].unsqueeze(2))
+        codes[at : at + step] = nearest_level(part, zero, top).add_(zero).flatten(1)
+
+    with one_thread_each(weight.device) as tasks:
+        tasks.run(encode, range(0, rows, step))
     return codes
 
 
