@@ -34,12 +34,14 @@ class Factors:
     layer_s: float  # per layer and pass: launches, norms, whatever does not grow
     link_s: float  # per all-reduce
     wire: float  # of the link's bandwidth
-    acceptance: float  # of a draft token, given that those before it were taken
+    acceptance: float  # of the first draft token
+    decay: float  # of a draft token's acceptance against the one before it, given that that was taken
+    unpack: float  # of the float32 rate, for turning one weight into a product while decoding
     draft_s: float  # per draft step, beside reading its weights
     host_bytes_per_s: float  # at which experts in host memory are read
 
 
-KINDS = ("read", "kv", "dense", "expert", "pair", "layer", "link", "wire", "acceptance", "draft", "host")
+KINDS = ("read", "kv", "dense", "expert", "pair", "layer", "link", "wire", "acceptance", "decay", "draft", "host", "unpack")
 
 
 def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
@@ -54,6 +56,8 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
         link_s=exp(logs["link"]),
         wire=exp(logs["wire"]),
         acceptance=1 / (1 + exp(-logs["acceptance"])),
+        decay=1 / (1 + exp(-logs["decay"])),
+        unpack=exp(logs["unpack"]),
         draft_s=exp(logs["draft"]),
         host_bytes_per_s=exp(logs["host"]) * (host_bytes_per_s or HOST_BYTES_PER_S),
     )

@@ -115,7 +115,7 @@ class Run:
 
     def prefill(self, factors: Factors) -> float:
         tokens = self.row["prompt_tokens"]
-        chunk = chunk_tokens(self.engine, self.backend)
+        chunk = self.row.get("chunk_tokens") or chunk_tokens(self.engine, self.backend)
         return tokens / self.step_time(factors).prompt_s(tokens, chunk, self.row.get("prompt_depth_tokens", 0))
 
 
