@@ -18,6 +18,10 @@ BACKENDS = {"nvidia": "cuda", "amd": "rocm", "intel": "vulkan", "apple": "metal"
 # What stands in for an engine of which little was published: Ollama runs llama.cpp's backends, ik_llama.cpp is a fork
 # of it, SGLang launches captured graphs of fused kernels as vLLM does, KTransformers has ggml's formats on the host.
 RELATIVES = {"ollama": "llama.cpp", "ik_llama.cpp": "llama.cpp", "sglang": "vllm", "ktransformers": "llama.cpp"}
+# Tokens of a prompt per pass: llama.cpp -ub 512, vLLM's max_num_batched_tokens 2048 (a server's default for one user),
+# mlx-lm --prefill-step-size 2048, the native runtime's own (planner/engines/native.py).
+CHUNK_TOKENS = {"llama.cpp": 512, "ollama": 512, "ik_llama.cpp": 512, "native/cpu": 512}
+DEFAULT_CHUNK_TOKENS = 2048
 # Host memory behind a discrete device, where nobody said: two channels of DDR5-5600 (profiles/cpu.yaml, desktop-ddr5).
 HOST_BYTES_PER_S = 89.6e9
 
@@ -41,7 +45,21 @@ class Factors:
     host_bytes_per_s: float  # at which experts in host memory are read
 
 
-KINDS = ("read", "kv", "dense", "expert", "pair", "layer", "link", "wire", "acceptance", "decay", "draft", "host", "unpack")
+KINDS = (
+    "read",
+    "kv",
+    "dense",
+    "expert",
+    "pair",
+    "layer",
+    "link",
+    "wire",
+    "acceptance",
+    "decay",
+    "draft",
+    "host",
+    "unpack",
+)
 
 
 def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
@@ -66,6 +84,11 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
 def backend_of(engine: str, device: Device) -> str:
     """The programming interface that an engine uses on a device: the vendor's own."""
     return BACKENDS.get(device.vendor, "vulkan")
+
+
+def chunk_tokens(engine: str, backend: str) -> int:
+    """Tokens of a prompt that one pass takes by default."""
+    return CHUNK_TOKENS.get(f"{engine}/{backend}") or CHUNK_TOKENS.get(engine, DEFAULT_CHUNK_TOKENS)
 
 
 def link_of(devices: tuple[Device, ...]) -> str:

@@ -3,9 +3,10 @@
     seconds = weights read + rows multiplied + attention + cache and state read + overheads
 
 Weights are read once per pass whatever the batch, so a pass is bound by memory while it has few rows and by arithmetic
-from some number of rows on. The two are added: on prompts that were held out the sum of both was off by 19 % at the
-median, their maximum by 26 %, for what is quantized is unpacked before it is multiplied. Routed experts are read as far as some row needs them: of E experts, k per row, a pass over
-n rows reads E x (1 - (1 - k/E)^n), as many distinct ones as independent rows are expected to need.
+from some number of rows on. The two are added and not the larger of both taken: prompts that were held out were met
+better so, for what is quantized is unpacked before it is multiplied. Routed experts are read as far as some row needs
+them: of E experts, k per row, a pass over n rows reads E x (1 - (1 - k/E)^n), as many distinct ones as independent rows
+are expected to need.
 """
 
 from ..profiles.frozen import dataclass, replace

@@ -137,11 +137,12 @@ def fit(seen: Sequence[Observation], start: Terms | None = None, steps: int = ST
     theta = mean.copy()
     if start:
         theta = np.array([start[kind].get(key, START[kind] if not key else 0.0) for kind, key in names])
-    damping = 1e-2
+    damping = 1e-3
     cost, jacobian, errors, weights = _linearized(seen, names, place, theta, mean, precision)
     for _ in range(steps):
         scaled = jacobian * weights[:, None]
-        normal = scaled.T @ jacobian + np.diag(precision * (1 + damping))
+        normal = scaled.T @ jacobian + np.diag(precision)
+        normal[np.diag_indices_from(normal)] *= 1 + damping
         step = np.linalg.solve(normal, scaled.T @ errors + precision * (theta - mean))
         step = np.clip(step, -1.0, 1.0)
         trial = theta - step
