@@ -36,6 +36,7 @@ class Factors:
     expert: float  # of the peak, for routed experts of a prompt
     pair: float  # of the peak, for attention of a prompt
     layer_s: float  # per layer and pass: launches, norms, whatever does not grow
+    pass_s: float  # per layer and pass with prompt rows, beside that
     link_s: float  # per all-reduce
     wire: float  # of the link's bandwidth
     acceptance: float  # of the first draft token
@@ -46,24 +47,13 @@ class Factors:
 
 
 KINDS = (
-    "read",
-    "kv",
-    "dense",
-    "expert",
-    "pair",
-    "layer",
-    "link",
-    "wire",
-    "acceptance",
-    "decay",
-    "draft",
-    "host",
-    "unpack",
+    *("read", "kv", "unpack", "layer", "dense", "expert", "pair", "pass"),
+    *("link", "wire", "acceptance", "decay", "draft", "host"),
 )
 
 
 def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
-    """From the sums of logarithms by kind (of the odds for `acceptance`, of seconds for `layer`, `link`, `draft`)."""
+    """From the sums of logarithms by kind: of seconds for what ends in _s, of the odds for `acceptance` and `decay`."""
     return Factors(
         read=exp(logs["read"]),
         kv=exp(logs["kv"]),
@@ -71,6 +61,7 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
         expert=exp(logs["expert"]),
         pair=exp(logs["pair"]),
         layer_s=exp(logs["layer"]),
+        pass_s=exp(logs["pass"]),
         link_s=exp(logs["link"]),
         wire=exp(logs["wire"]),
         acceptance=1 / (1 + exp(-logs["acceptance"])),
