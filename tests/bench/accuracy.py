@@ -128,7 +128,7 @@ def left_out() -> list[str]:
 
 def page() -> str:
     gaps = json.loads(GAPS.read_text(encoding="utf-8"))
-    missed = [f"- {name}: {text}" for name, text in gaps.items()]
+    missed = [f"- {NAMES[name]}: {gap['why']}" for name, gap in gaps.items()]
     count = len(speed_data.runs())
     return "\n".join(
         [
@@ -187,7 +187,8 @@ def main() -> int:
         PAGE.write_text(page(), encoding="utf-8")
         return 0
     gaps = json.loads(GAPS.read_text(encoding="utf-8"))
-    missed = [name for name, figure in figures().items() if figure > BOUNDS[name] and name not in gaps]
+    bounds = BOUNDS | {name: gap["reached"] for name, gap in gaps.items()}
+    missed = [name for name, figure in figures().items() if figure > bounds[name]]
     stale = PAGE.read_text(encoding="utf-8") != page()
     for trouble in [
         *(f"{name} is above its bound" for name in missed),
