@@ -94,7 +94,8 @@ def chain(engine: str, backend: str, device: Device, weights: WeightFormat, is_m
     group = f"{relative}/{backend}"
     keys = ["", "+moe" if is_moe else "+dense", f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
     keys += [f"{group}{keys[1]}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
-    keys.append(f"{group}|{family_of(device)}")
+    if family_of(device) != device.architecture:
+        keys.append(f"{group}|{family_of(device)}")
     if engine != relative:
         keys.append(f"{engine}/{backend}")
     return tuple(keys)
@@ -132,7 +133,9 @@ def factors(
     """The fitted factors of an engine on a device."""
     table = fitted()["logs"]
     keys = chain(engine, backend_of(engine, device), device, weights, is_moe, link)
-    return factors_of({kind: total(table[kind], keys) for kind in KINDS}, host_bytes_per_s)
+    logs = {kind: total(table[kind], keys) for kind in KINDS}
+    logs["read"] = min(logs["read"], 0.0)  # terms add up; nothing reads more than the bandwidth
+    return factors_of(logs, host_bytes_per_s)
 
 
 def total(terms: dict[str, float], keys: tuple[str, ...]) -> float:
