@@ -1,6 +1,7 @@
 """Watts, joules and money: arithmetic from given prices, and what is taken where none are given."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from qwenfit.planner import Request, plan
 from qwenfit.planner.request import Prices
 
 
-def energy(gpu="rtx3060", **prices):
+def energy(gpu: str = "rtx3060", **prices: Any) -> Any:
     return plan(Request(devices=(gpu,), ctx_tokens=8192, prices=Prices(**prices))).best
 
 

@@ -6,6 +6,7 @@ How far the rates are from what people measured is tests/test_accuracy.py's.
 import itertools
 import json
 from math import exp, log
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from qwenfit.profiles.speed_data import fitted, left_out, runs
 BF16 = weight_format("bf16")
 
 
-def best(**asked):
+def best(**asked: Any) -> Any:
     return plan(Request(**asked)).best
 
 

@@ -93,7 +93,8 @@ def inside(kinds: Sequence[str], levels: Sequence[str], errors: Sequence[float],
     for kind, one, off, page in zip(kinds, levels, errors, pages, strict=True):
         if page not in tables:
             rest = [index for index, other in enumerate(pages) if other != page]
-            tables[page] = widths(*([column[index] for index in rest] for column in (kinds, levels, errors)))
+            kept = ([kinds[index] for index in rest], [levels[index] for index in rest])
+            tables[page] = widths(*kept, [errors[index] for index in rest])
         found.append(abs(off) <= width(tables[page], kind, one))
     return found
 
@@ -139,7 +140,11 @@ def main() -> None:
     pages, publishers = (held_out(design, group, fitted, loads) for group in by)
     kinds, levels = [one.kind for one in seen], [level(one, seen) for one in seen]
     scored = [index for index, one in enumerate(seen) if one.is_scored]
-    columns = [[column[index] for index in scored] for column in (kinds, levels, pages)]
+    columns = (
+        [kinds[index] for index in scored],
+        [levels[index] for index in scored],
+        [pages[index] for index in scored],
+    )
     covered = dict(zip(scored, inside(*columns, [seen[index].run.page for index in scored]), strict=True))
     table = widths(*columns)
     keys = {key for one in seen if one.is_fitted for key in one.run.keys}
