@@ -29,8 +29,9 @@ def annotation(kind: str, message: str, title: str = "qwen-plan") -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    rate = phrases.between(plan.best.speed.start.decode_tokens_per_s)
-    said = f"{phrases.verdict(plan)}: {phrases.question(plan)} ({phrases.setup(plan.best)}, ~{rate} tokens/s)"
+    speed = plan.best.speed
+    rate = f", ~{phrases.between(speed.start.decode_tokens_per_s)} tokens/s" if speed else ""
+    said = f"{phrases.verdict(plan)}: {phrases.question(plan)} ({phrases.setup(plan.best)}{rate})"
     if plan.fits:
         return annotation("warning" if plan.best.tight else "notice", said)
     changes = "; ".join(one.change for one in plan.advice if one.fits)
@@ -46,8 +47,8 @@ def _outputs(plan: Plan) -> dict[str, str]:
         "kv_dtype": best.kv_dtype,
         "max_ctx_tokens": str(best.limits.max_ctx_tokens),
         "max_seqs": str(best.limits.max_seqs),
-        "decode_tokens_per_s": f"{best.speed.start.decode_tokens_per_s.mid:.4g}",
-        "ttft_s": f"{best.speed.start.ttft_s.mid:.4g}",
+        "decode_tokens_per_s": f"{best.speed.start.decode_tokens_per_s.mid:.4g}" if best.speed else "",
+        "ttft_s": f"{best.speed.start.ttft_s.mid:.4g}" if best.speed else "",
         "command": best.command,
     }
 

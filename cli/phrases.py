@@ -114,7 +114,11 @@ def limits(plan: EnginePlan) -> str:
 
 def speed(plan: EnginePlan) -> Iterator[str]:
     """How fast, what bounds it, what that rests on, and what it costs: one sentence each."""
-    start, full = plan.speed.start, plan.speed.full
+    found = plan.speed
+    if found is None:
+        yield "Not known: a device file with memory_bandwidth_bytes_per_s makes an estimate of it"
+        return
+    start, full = found.start, found.full
     total = " of all sequences together" if plan.seqs > 1 else ""
     yield (
         f"Decodes ~{between(start.decode_tokens_per_s)} tokens/s{total} behind {start.context_tokens:,} tokens"
@@ -127,17 +131,17 @@ def speed(plan: EnginePlan) -> Iterator[str]:
         f"Reads prompts at ~{between(start.prefill_tokens_per_s)} tokens/s: {first}"
         + (f", of {full.context_tokens:,} after ~{seconds(full.ttft_s.mid)}" if full != start else "")
     )
-    found = plan.speed.drafts
-    if found:
+    drafts = found.drafts
+    if drafts:
         until = (
-            "does not pay" if not found.pays_up_to_seqs else f"pays up to {counted(found.pays_up_to_seqs, 'sequence')}"
+            f"pays up to {counted(drafts.pays_up_to_seqs, 'sequence')}" if drafts.pays_up_to_seqs else "does not pay"
         )
         yield (
-            f"Multi-token prediction advances by ~{found.tokens_per_pass:.1f} tokens per pass, {found.gain:.2f} x the "
+            f"Multi-token prediction advances by ~{drafts.tokens_per_pass:.1f} tokens a pass, {drafts.gain:.2f} x the "
             f"rate without it, and {until}"
         )
-    yield f"How sure: {plan.speed.basis}; 80 % of runs held out lay between the figures in brackets"
-    case = plan.speed.nearest
+    yield f"How sure: {found.basis}; 80 % of runs held out lay between the figures in brackets"
+    case = found.nearest
     if case:
         with_drafts = f", {counted(case.mtp, 'draft token')}" if case.mtp else ""
         yield (
@@ -204,7 +208,7 @@ def runner_up(plan: EnginePlan) -> tuple[str, ...]:
         f"{plan.engine} {plan.engine_version}",
         plan.weights,
         plan.kv_dtype,
-        f"~{figure(plan.speed.start.decode_tokens_per_s.mid)}",
+        f"~{figure(plan.speed.start.decode_tokens_per_s.mid)}" if plan.speed else "",
         f"{gib(-plan.shortfall_bytes)}{' (tight)' if plan.tight else ''}",
         f"{plan.limits.max_ctx_tokens:,}",
         f"{plan.limits.max_seqs:,}",

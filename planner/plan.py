@@ -148,18 +148,19 @@ class EnginePlan:
         return divergence(self.setup.weights.divergence, self.setup.kv_dtype, self.setup.state_dtype)
 
     @cached_property
-    def speed(self) -> "Speed":
-        """As if the plan had the memory, whether or not it fits. Worked out only where somebody asks."""
-        from .speed import speed
+    def speed(self) -> "Speed | None":
+        """As if the plan had the memory, whether or not it fits. Worked out only where somebody asks; None where a
+        device's bandwidth is not known."""
+        from .speed import is_known, speed
 
-        return speed(self)
+        return speed(self) if is_known(self) else None
 
     @cached_property
     def energy(self) -> "Energy | None":
-        """None where nobody says what the devices draw."""
+        """None where nobody says what the devices draw, or how fast they are."""
         from .energy import energy
 
-        return energy(self, self.speed, self.prices)
+        return energy(self, self.speed, self.prices) if self.speed else None
 
     @cached_property
     def limits(self) -> Limits:
@@ -191,7 +192,7 @@ class EnginePlan:
             "devices": [_share_json(share) for share in self.devices],
             "host": {"memory": _memory_json(self.host), "interval": _interval_json(self.host)},
             "limits": {"max_ctx_tokens": self.limits.max_ctx_tokens, "max_seqs": self.limits.max_seqs},
-            "speed": self.speed.to_json(),
+            "speed": self.speed.to_json() if self.speed else None,
             "energy": self.energy.to_json() if self.energy else None,
             "quality": {"divergence": self.divergence, "basis": "estimated"},
             "detail": self.detail,

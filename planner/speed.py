@@ -11,6 +11,7 @@ from functools import lru_cache
 from math import exp
 from typing import TYPE_CHECKING
 
+from ..profiles.errors import Unsupported
 from ..profiles.frozen import dataclass, replace
 from ..profiles.speed_data import fitted
 from .factors import RELATIVES, backend_of, chunk_tokens, factors, known, link_of
@@ -97,8 +98,21 @@ class Speed:
         }
 
 
+def is_known(plan: "EnginePlan") -> bool:
+    """Whether the bandwidth of every device is: that of the machine itself is not, before somebody measured it."""
+    return all(device.memory_bandwidth_bytes_per_s > 0 for device in plan.setup.devices)
+
+
 def step_time(plan: "EnginePlan") -> StepTime:
-    """Seconds of a pass of this plan's engine, the middle estimate; `interval_of` says how far it may be off."""
+    """Seconds of a pass of this plan's engine, the middle estimate; `widths` says how far it may be off.
+
+    `Unsupported` where a device's bandwidth is not known.
+    """
+    if not is_known(plan):
+        name = next(device.name for device in plan.setup.devices if not device.memory_bandwidth_bytes_per_s)
+        raise Unsupported(
+            f"how fast {name} reads its memory is not known: give a device file with memory_bandwidth_bytes_per_s"
+        )
     return _step_time(plan.engine, plan.setup, host_share(plan))
 
 
@@ -131,7 +145,9 @@ def drafts(plan: "EnginePlan") -> Drafts:
 
 
 def decode_tokens_per_s(plan: "EnginePlan") -> float:
-    """The middle at the context and number of sequences that were asked for: what ranks plans."""
+    """The middle at the context and number of sequences that were asked for: what ranks plans; 1 where nobody knows."""
+    if not is_known(plan):
+        return 1.0
     return step_time(plan).decode_tokens_per_s(plan.seqs, plan.ctx_tokens)
 
 

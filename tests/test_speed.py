@@ -18,6 +18,7 @@ from qwenfit.planner.speed import step_time
 from qwenfit.planner.steps import CONSTITUENTS
 from qwenfit.planner.work import work
 from qwenfit.profiles import device, model, weight_format
+from qwenfit.profiles.errors import Unsupported
 from qwenfit.profiles.speed_data import fitted, left_out, runs
 
 BF16 = weight_format("bf16")
@@ -168,3 +169,13 @@ def test_every_run_has_its_source_and_every_row_left_out_its_reason():
     assert len(set(ids)) == len(ids) > 300
     assert all(row["source"] and row["publisher"] for row in runs())
     assert all(row["why"] for row in left_out())
+
+
+def test_a_machine_that_nobody_measured_has_a_plan_and_no_speed() -> None:
+    """`--gpu auto` knows the memory of a CPU and not how fast it reads it."""
+    unknown = best(devices=("auto",), model="qwen3.5-0.8b", ctx_tokens=4096)
+    if unknown.setup.devices[0].memory_bandwidth_bytes_per_s:
+        pytest.skip("this machine's bandwidth is known")
+    assert unknown.speed is None and unknown.energy is None and unknown.to_json()["speed"] is None
+    with pytest.raises(Unsupported, match="memory_bandwidth_bytes_per_s"):
+        step_time(unknown)
