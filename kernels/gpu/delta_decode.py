@@ -44,8 +44,19 @@ STATE_DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) without an exponential of anything positive."""
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 + e^x), good to a few roundings of itself however small: log(1 + t) by 2 artanh(t / (2 + t)), |t| <= 1.
+
+    log(1.0 + t) would be good to a rounding of 1, which a gate multiplies by e^A_log, and the state remembers."""
+    rest = tl.exp(-tl.abs(x))
+    s = rest / (2.0 + rest)
+    square = s * s
+    series = 1.0 / 13.0 + square * (1.0 / 15.0)
+    series = 1.0 / 11.0 + square * series
+    series = 1.0 / 9.0 + square * series
+    series = 1.0 / 7.0 + square * series
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    return tl.maximum(x, 0.0) + 2.0 * (s + s * square * series)
 
 
 @triton.jit

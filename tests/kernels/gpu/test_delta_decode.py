@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
+import triton.language as tl  # noqa: E402
+
 from qwenfit.kernels.gpu import delta_decode  # noqa: E402
 from qwenfit.kernels.gpu.target import TARGETS  # noqa: E402
 from qwenfit.kernels.reference import delta as reference_delta  # noqa: E402
@@ -61,6 +63,22 @@ def inputs(
         per_token.append(wide.to(DEVICE)[..., :width])
     A_log, dt_bias = (torch.randn(heads[1], generator=generator).to(DEVICE) for _ in range(2))
     return [*per_token, A_log, dt_bias - 1]
+
+
+@triton.jit
+def write_softplus(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, delta_decode.softplus(tl.load(x + at)))
+
+
+def test_softplus_keeps_its_digits() -> None:
+    """Relative to itself, not to 1: log(1 + e^x) would lose all of it from -17 on. A GPU's e^x is 2^(1.44 x), which is
+    as good as the product in the exponent."""
+    x = torch.cat([torch.linspace(-80, 80, 4093), torch.tensor([0.0, 1e30, -torch.inf])]).to(DEVICE)
+    found = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+    write_softplus[(1,)](x, found, SIZE=4096)
+    truth = torch.nn.functional.softplus(x.double(), threshold=1000)
+    assert ((found.double() - truth).abs() <= 2.0**-21 * truth * x.double().abs().clamp(1, 80)).all()
 
 
 def random_state(slots: int, value_heads: int, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
