@@ -79,8 +79,8 @@ def attention_decode(q: Tensor, gate: Tensor, cache: KVCache, slots: Tensor, len
 def attention_prefill(
     q: Tensor, gate: Tensor, cache: KVCache, slots: Tensor, cu_seqlens: Tensor, starts: Tensor
 ) -> Tensor:
-    """Chunks of several sequences, keys stored already: q, gate [T, H, D] -> [T, H D]; float32 (or float64) throughout.
-    Chunks of several sequences, keys stored already: q, gate [T, H, D] -> [T, H D]; float32 (or float64) throughout."""
+    """Chunks of several sequences, keys stored already: q, gate [T, H, D] -> [T, H D]; float32 (or float64)
+    throughout."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = torch.empty(q.shape, dtype=q.dtype)
     bounds = cu_seqlens.tolist()

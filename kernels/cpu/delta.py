@@ -50,8 +50,8 @@ def gated_delta_rule_prefill(
     cu_seqlens: Tensor,
     key_heads: int,
 ) -> Tensor:
-    """qkv [T, 2 NK DK + NV DV], a, b [T, NV] of several sequences -> [T, NV, DV]; state[slots[b]] is read and replaced.
-    qkv [T, 2 NK DK + NV DV], a, b [T, NV] of several sequences -> [T, NV, DV]; state[slots[b]] is read and replaced."""
+    """qkv [T, 2 NK DK + NV DV], a, b [T, NV] of several sequences -> [T, NV, DV]; state[slots[b]] is read and
+    replaced."""
     library = _library(qkv, a, b, state)
     if library is None:
         return reference_delta.gated_delta_rule_prefill(qkv, a, b, A_log, dt_bias, state, slots, cu_seqlens, key_heads)

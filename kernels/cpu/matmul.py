@@ -63,8 +63,8 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 
 def expert_matmul(x: Tensor, weight: QuantizedWeight | Tensor, offsets: Tensor) -> Tensor:
-    """x [R, K] sorted by expert; rows offsets[e] .. offsets[e + 1] - 1 times expert e of the stack [E, N, K]: [R, N].
-    x [R, K] sorted by expert; rows offsets[e] .. offsets[e + 1] - 1 times expert e of the stack [E, N, K]: [R, N]."""
+    """x [R, K] sorted by expert; rows offsets[e] .. offsets[e + 1] - 1 times expert e of the stack [E, N, K]: [R,
+    N]."""
     library = cpu_library()
     if isinstance(weight, Tensor):
         return _dense_experts(x, weight, offsets)

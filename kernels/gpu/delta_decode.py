@@ -60,6 +60,26 @@ def softplus(x):
 
 
 @triton.jit
+def state_tile(
+    state,
+    slot,
+    head,
+    NV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """The program's part of a head's state: its rows [ROWS] and keys [PIECES, INNER], pointers to it in slot 0, and
+    what slot `slot` has there in float32, zeros where that is negative."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    tile = state + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
+    readable = row[None, :, None] < tl.where(slot >= 0, DV, 0)
+    return row, key, tile, tl.load(tile + slot * (NV * DV * DK), mask=readable, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def delta_token(state, q, k, v, a, b, A_log, dt_bias, scale):
     """One token on a tile of state: (outputs [ROWS], new state). state: [PIECES, ROWS, INNER] float32; q, k: [PIECES,
     INNER] as the convolution left them; v: [ROWS]; a, b, A_log, dt_bias: scalars; all float32."""
@@ -100,12 +120,8 @@ def delta_step_kernel(
 ):
     head = tl.program_id(1)
     sequence = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
-    tile = state + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
     slot = tl.load(source + sequence).to(tl.int64)
-    readable = row[None, :, None] < tl.where(slot >= 0, DV, 0)
-    held = tl.load(tile + slot * (NV * DV * DK), mask=readable, other=0.0).to(tl.float32)
+    row, key, tile, held = state_tile(state, slot, head, NV, DK, DV, ROWS, INNER)
     A_log_head = tl.load(A_log + head).to(tl.float32)
     dt_bias_head = tl.load(dt_bias + head).to(tl.float32)
     key_head = head // (NV // NK)

@@ -112,6 +112,13 @@ def delta_gates_kernel(
 
 
 @triton.jit
+def locate_chunk(table, chunk, head, NK: tl.constexpr, NV: tl.constexpr):
+    """(first token of a chunk, how many it has, key head of a value head, where chunk and head are in `factors`)."""
+    first = tl.load(table + chunk * 2).to(tl.int64)
+    return first, tl.load(table + chunk * 2 + 1), head // (NV // NK), chunk.to(tl.int64) * NV + head
+
+
+@triton.jit
 def decay_between(decays, CHUNK: tl.constexpr):
     """e^(c_i - c_j) [CHUNK, CHUNK] of a chunk and head for i >= j, 1 above the diagonal. decays: where its c begins."""
     row = tl.arange(0, CHUNK)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .delta_decode import delta_token, step_configuration
+from .delta_decode import delta_token, state_tile, step_configuration
 from .sequences import token_stride
 from .target import Target, target_of
 
@@ -54,11 +54,8 @@ def delta_recurrent_kernel(
     start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
     if (end <= start) | (end - start > most_tokens):
         return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     slot = tl.load(slots + sequence).to(tl.int64)
-    tile = state + slot * (NV * DV * DK) + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
-    held = tl.load(tile, mask=row[None, :, None] < tl.where(slot >= 0, DV, 0), other=0.0).to(tl.float32)
+    row, key, tile, held = state_tile(state, slot, head, NV, DK, DV, ROWS, INNER)
     A_log_head = tl.load(A_log + head).to(tl.float32)
     dt_bias_head = tl.load(dt_bias + head).to(tl.float32)
     q_column = qkv + head // (NV // NK) * DK + key
@@ -88,7 +85,7 @@ def delta_recurrent_kernel(
         tl.store(out + ((first + token) * NV + head) * DV + row, result.to(out.dtype.element_ty))
         q, k, v, a_head, b_head = next_q, next_k, next_v, next_a, next_b
     if slot >= 0:
-        tl.store(tile, held.to(state.dtype.element_ty))
+        tl.store(tile + slot * (NV * DV * DK), held.to(state.dtype.element_ty))
 
 
 def launch_recurrent(

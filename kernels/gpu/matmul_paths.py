@@ -131,8 +131,8 @@ def gemv_is_bound_by_memory(target: Target, rows: int) -> bool:
 
 
 def gemv_configuration(rows: int, bits: int) -> GemvConfiguration:
-    """The same for every target: four 128-bit loads per thread and turn, or two where more rows' sums need registers.
-    The same for every target: four 128-bit loads per thread and turn, or two where more rows' sums need registers."""
+    """The same for every target: four 128-bit loads per thread and turn, or two where more rows' sums need
+    registers."""
     rows = min(rows, GEMV_ROWS)
     if bits == 4:
         return GemvConfiguration(rows, 16 if rows <= 2 else 8, 2)

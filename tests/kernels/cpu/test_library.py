@@ -1,5 +1,5 @@
-"""How the C kernels come to be: compiler, cache, instruction set, and torch where there is none of it, with the reason.
-How the C kernels come to be: compiler, cache, instruction set, and torch where there is none of it, with the reason."""
+"""How the C kernels come to be: compiler, cache, instruction set, and torch where there is none of it, with the
+reason."""
 
 import os
 import stat

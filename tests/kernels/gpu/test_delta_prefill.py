@@ -7,9 +7,6 @@ inputs in float32 throughout and rounds only its output, and the kernels' error 
 within one rounding of the input dtype.
 """
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -23,6 +20,7 @@ from qwenfit.kernels.gpu.delta_prefill import gated_delta_rule_prefill, prefill_
 from qwenfit.kernels.gpu.target import TARGETS, target  # noqa: E402
 from qwenfit.kernels.reference import delta as reference_delta  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("walls")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -31,23 +29,6 @@ UNIT = 2.0**-24
 NOISE = 4 * UNIT
 """Two float32 numbers that are right may be so far apart: after one token a dozen roundings lie behind outputs and
 state, and whose happen to cancel is chance (8.4e-8 above 1.5 times torch's is the most seen in 300 prompts)."""
-
-
-@pytest.fixture(autouse=True)
-def walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty gives is full of NaN and stands between walls of 256 bytes that are whole in the end."""
-    allocated: list[tuple[Tensor, int]] = []
-
-    def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else shape
-        size_bytes = math.prod(shape) * dtype.itemsize
-        allocated.append((torch.full((size_bytes + 512,), 255, dtype=torch.uint8, device=device), size_bytes))
-        return allocated[-1][0][256 : 256 + size_bytes].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for whole, size_bytes in allocated:
-        assert (whole[:256] == 255).all() and (whole[256 + size_bytes :] == 255).all()
 
 
 def rms_error(found: Tensor, truth: Tensor) -> float:

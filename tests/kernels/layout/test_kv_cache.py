@@ -1,5 +1,5 @@
-"""The cache's shapes and bytes: what the planner counts per token (`planner/engines/native.py`) is what is allocated.
-The cache's shapes and bytes: what the planner counts per token (`planner/engines/native.py`) is what is allocated."""
+"""The cache's shapes and bytes: what the planner counts per token (`planner/engines/native.py`) is what is
+allocated."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""What is read out of listings: lines as nvdisasm 12.9, cuobjdump 12.9 and LLVM 22 print them, far apart in one kernel.
-What is read out of listings: lines as nvdisasm 12.9, cuobjdump 12.9 and LLVM 22 print them, far apart in one kernel."""
+"""What is read out of listings: lines as nvdisasm 12.9, cuobjdump 12.9 and LLVM 22 print them, far apart in one
+kernel."""
 
 import pytest
 

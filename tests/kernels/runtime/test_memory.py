@@ -193,8 +193,8 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["qwen3.5-0.8b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3.5-397b-a17b"])
 def test_a_chunk_takes_no_more_than_the_arena(name: str) -> None:
-    """The forward pass of 2,048 tokens at real shapes on tensors without memory, with the workspace of the delta rule.
-    The forward pass of 2,048 tokens at real shapes on tensors without memory, with the workspace of the delta rule."""
+    """The forward pass of 2,048 tokens at real shapes on tensors without memory, with the workspace of the delta
+    rule."""
     pytest.importorskip("triton", reason="what the delta rule's kernels take is said by their host")
     from qwenfit.kernels.gpu.delta_prefill import prefill_scratch_bytes
     from qwenfit.kernels.library import library_operations

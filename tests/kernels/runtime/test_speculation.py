@@ -23,8 +23,8 @@ DATA = Path(__file__).parents[2] / "data"
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11] * 5, [3, 4], list(range(100, 121)))
 FLOAT = torch.float32
 SHARES = {"qwen3_5": 0.2, "qwen3_5_moe": 0.02}
-"""How much the layers of a model with foresight say: so much that its prediction layer is right in part of the cases.
-How much the layers of a model with foresight say: so much that its prediction layer is right in part of the cases."""
+"""How much the layers of a model with foresight say: so much that its prediction layer is right in part of the
+cases."""
 
 
 def made_configuration(name: str) -> Configuration:
