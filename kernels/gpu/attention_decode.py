@@ -14,9 +14,8 @@ Three kernels. Scores stay on chip; between the first two and the last go partia
                                    and sums elementwise in float32. Grid: (S G, 16, B KV): the programs of a row block
                                    are neighbours, so all but the first find the keys in L2.
     attention_decode_reduce_kernel Grid: (B S H). Weighs the 16 partial sums of a row by their maxima, divides,
-    multiplies
-                                   by sigmoid(gate), rounds once. Sums in the order of the splits: the result does not
-                                   depend on which program came first. No atomics.
+                                   multiplies by sigmoid(gate), rounds once. Sums in the order of the splits: the result
+                                   does not depend on which program came first. No atomics.
 
 A split is a whole number of tiles, ceil(tiles / 16) of them, from the length on the device (a CUDA graph may be
 replayed with other lengths); the last splits of a short context are empty and say so by a maximum of -inf, and their
@@ -75,20 +74,17 @@ def attention_decode_kernel(
     SPLITS: tl.constexpr,
     INT8: tl.constexpr,
 ):
+    sequence, key_head, length, base = _locate_cache(slots, lengths, key_heads, context)
     split = tl.program_id(1)
-    sequence = tl.program_id(2) // key_heads
-    key_head = tl.program_id(2) % key_heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < new_tokens * GROUP
     token = row // GROUP
     head = key_head * GROUP + row % GROUP
-    length = tl.load(lengths + sequence)
     begin, end = _split_bounds(length + new_tokens, split, TOKENS, SPLITS)
     d = tl.arange(0, D)
     dtype: tl.constexpr = q.dtype.element_ty
     q_rows = q + sequence.to(tl.int64) * q_sequence_stride + token * q_token_stride + head * q_head_stride
     queries = tl.load(q_rows[:, None] + d[None, :], mask=exists[:, None], other=0.0)
-    base = (tl.load(slots + sequence).to(tl.int64) * key_heads + key_head) * context
     key_base, value_base = key_cache + base * D, value_cache + base * D
     last = length + token
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -146,18 +142,15 @@ def attention_decode_rows_kernel(
     SPLITS: tl.constexpr,
     INT8: tl.constexpr,
 ):
+    sequence, key_head, length, base = _locate_cache(slots, lengths, key_heads, context)
     split = tl.program_id(1)
-    sequence = tl.program_id(2) // key_heads
-    key_head = tl.program_id(2) % key_heads
     token = tl.program_id(0) // GROUP
     head = key_head * GROUP + tl.program_id(0) % GROUP
-    length = tl.load(lengths + sequence)
     begin, end = _split_bounds(length + new_tokens, split, TOKENS, SPLITS)
     end = tl.minimum(end, length + token + 1)
     d = tl.arange(0, D)
     q_row = q + sequence.to(tl.int64) * q_sequence_stride + token * q_token_stride + head * q_head_stride
     query = tl.load(q_row + d).to(tl.float32) * score_scale
-    base = (tl.load(slots + sequence).to(tl.int64) * key_heads + key_head) * context
     key_base, value_base = key_cache + base * D, value_cache + base * D
     maximum = float("-inf")
     total = 0.0
@@ -213,6 +206,15 @@ def widen(codes, dtype: tl.constexpr):
     else:
         wide = (codes.to(tl.int16) + 0x6480).to(tl.float16, bitcast=True) - 1152.0  # 0x6400 + m is 1024 + m in float16
     return wide
+
+
+@triton.jit
+def _locate_cache(slots, lengths, key_heads, context):
+    """(sequence, key head, tokens in its cache before the new ones, number of its first row in the cache)."""
+    sequence = tl.program_id(2) // key_heads
+    key_head = tl.program_id(2) % key_heads
+    base = (tl.load(slots + sequence).to(tl.int64) * key_heads + key_head) * context
+    return sequence, key_head, tl.load(lengths + sequence), base
 
 
 @triton.jit

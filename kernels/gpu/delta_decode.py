@@ -44,8 +44,39 @@ STATE_DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) without an exponential of anything positive."""
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 + e^x), good to a few roundings of itself however small: log(1 + t) by 2 artanh(t / (2 + t)), |t| <= 1.
+
+    log(1.0 + t) would be good to a rounding of 1, which a gate multiplies by e^A_log, and the state remembers."""
+    rest = tl.exp(-tl.abs(x))
+    s = rest / (2.0 + rest)
+    square = s * s
+    series = 1.0 / 13.0 + square * (1.0 / 15.0)
+    series = 1.0 / 11.0 + square * series
+    series = 1.0 / 9.0 + square * series
+    series = 1.0 / 7.0 + square * series
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    return tl.maximum(x, 0.0) + 2.0 * (s + s * square * series)
+
+
+@triton.jit
+def state_tile(
+    state,
+    slot,
+    head,
+    NV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """The program's part of a head's state: its rows [ROWS] and keys [PIECES, INNER], pointers to it in slot 0, and
+    what slot `slot` has there in float32, zeros where that is negative."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    tile = state + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
+    readable = row[None, :, None] < tl.where(slot >= 0, DV, 0)
+    return row, key, tile, tl.load(tile + slot * (NV * DV * DK), mask=readable, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -89,12 +120,8 @@ def delta_step_kernel(
 ):
     head = tl.program_id(1)
     sequence = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
-    tile = state + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
     slot = tl.load(source + sequence).to(tl.int64)
-    readable = row[None, :, None] < tl.where(slot >= 0, DV, 0)
-    held = tl.load(tile + slot * (NV * DV * DK), mask=readable, other=0.0).to(tl.float32)
+    row, key, tile, held = state_tile(state, slot, head, NV, DK, DV, ROWS, INNER)
     A_log_head = tl.load(A_log + head).to(tl.float32)
     dt_bias_head = tl.load(dt_bias + head).to(tl.float32)
     key_head = head // (NV // NK)

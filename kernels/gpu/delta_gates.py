@@ -37,6 +37,8 @@ from .sequences import locate_block
 from .target import Target
 
 CHUNK_TOKENS = 64
+SHORT_TOKENS = 16
+"""Sequences of up to so many tokens have no chunks: `delta_recurrent.py` takes them."""
 FACTORS = 5
 LEAST_G: tl.constexpr = tl.constexpr(-128.0)
 
@@ -63,10 +65,11 @@ def delta_gates_kernel(
     NV: tl.constexpr,
     DK: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHORT: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     key_head, chunk = tl.program_id(0), tl.program_id(1)
-    _, _, first, rows = locate_block(cu_seqlens, chunk, batch, BATCH, CHUNK)
+    _, _, first, rows = locate_block(cu_seqlens, chunk, batch, BATCH, CHUNK, SHORT + 1)
     rows = tl.maximum(rows, 0)
     if key_head == 0:
         tl.store(table + chunk * 2, first)
@@ -109,6 +112,13 @@ def delta_gates_kernel(
 
 
 @triton.jit
+def locate_chunk(table, chunk, head, NK: tl.constexpr, NV: tl.constexpr):
+    """(first token of a chunk, how many it has, key head of a value head, where chunk and head are in `factors`)."""
+    first = tl.load(table + chunk * 2).to(tl.int64)
+    return first, tl.load(table + chunk * 2 + 1), head // (NV // NK), chunk.to(tl.int64) * NV + head
+
+
+@triton.jit
 def decay_between(decays, CHUNK: tl.constexpr):
     """e^(c_i - c_j) [CHUNK, CHUNK] of a chunk and head for i >= j, 1 above the diagonal. decays: where its c begins."""
     row = tl.arange(0, CHUNK)
@@ -132,7 +142,8 @@ def compile_cases(target: Target, key_heads: int, value_heads: int) -> tuple[Com
             | {"cu_seqlens": "*i32", "table": "*i32", "decays": "*fp32", "factors": "*fp32", "remains": "*fp32"}
             | {"norms": "*fp32", "scale": "fp32"}
             | {"qkv_stride": "i32", "a_stride": "i32", "b_stride": "i32", "batch": "i32"},
-            constants={"NK": key_heads, "NV": value_heads, "DK": 128, "CHUNK": CHUNK_TOKENS, "BATCH": 1},
+            constants={"NK": key_heads, "NV": value_heads, "DK": 128, "CHUNK": CHUNK_TOKENS}
+            | {"SHORT": SHORT_TOKENS, "BATCH": 1},
             aligned=("qkv", "A_log", "dt_bias", "cu_seqlens", "table", "decays", "factors", "norms", "qkv_stride"),
             num_warps=gates_warps(target),
         ),

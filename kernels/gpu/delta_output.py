@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .compile_case import CompileCase
-from .delta_gates import CHUNK_TOKENS, decay_between
+from .delta_gates import CHUNK_TOKENS, decay_between, locate_chunk
 from .delta_solve import dot_wide, precision
 from .target import Target
 
@@ -47,12 +47,9 @@ def delta_output_kernel(
     PRECISION: tl.constexpr,
 ):
     head, chunk = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(table + chunk * 2 + 1)
+    first, rows, key_head, at = locate_chunk(table, chunk, head, NK, NV)
     if rows == 0:
         return
-    key_head = head // (NV // NK)
-    first = tl.load(table + chunk * 2).to(tl.int64)
-    at = chunk.to(tl.int64) * NV + head
     row = tl.arange(0, CHUNK)
     inside = (row < rows)[:, None]
     depth = tl.arange(0, DEPTH)[None, :]

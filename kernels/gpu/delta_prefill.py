@@ -17,7 +17,16 @@ The host never waits for the device: how many chunks there are follows from cu_s
 kernels are launched for the most there can be and find their chunks themselves (`sequences.py`).
 
 Error against float64, in bfloat16: that of rounding the output, plus a tenth (2^-9 / sqrt(3) on average), where
-products of rounded operands, as elsewhere, double it and more for chunks of similar keys.
+products of rounded operands, as elsewhere, double it and more for chunks of similar keys. The tenth is the state,
+rounded to meet q (`entering`). In the first tokens of a prompt outputs are little but that: 1.4 times the rounding
+alone for one token, with 1.9 seen among heads of 16 to 64 (few numbers, so chance has its say), 1.7 for 3 tokens, 1.35
+at most for 17 and 1.25 from 24 on (120 to 900 random inputs each, with these roundings put into float64).
+
+So sequences of up to SHORT_TOKENS = 16 tokens go token by token in float32 (`delta_recurrent.py`), whoever else is in
+the batch: a result must not depend on that. Programs see how long their sequence is, the host does not, so every call
+launches both. Cost: one more launch for long prompts, whose programs end after two loads; a call of up to 16 tokens in
+all has this one instead of four, and no scratch. A state in two terms would do, too, at twice the scratch and traffic
+of the states, which are the largest part of both.
 
 Scratch, bytes per token (`prefill_scratch_bytes`; E = 2 for 16-bit inputs, 4 for float32), tokens of each sequence
 rounded up to 64: NV (28 + 4 / 64) + 8 NK + 8 / 64 for gates, E NV DK for w, 4 NV DV for u and d, E NV DV DK / 64 for
@@ -35,7 +44,7 @@ from torch import Tensor
 from . import delta_gates, delta_output, delta_recurrent, delta_solve, delta_state
 from .compile_case import CompileCase
 from .delta_decode import check_delta_inputs
-from .delta_gates import CHUNK_TOKENS, FACTORS
+from .delta_gates import CHUNK_TOKENS, FACTORS, SHORT_TOKENS
 from .sequences import MOST_GRID_BLOCKS, check_sequences, most_blocks, power_of_two, token_stride
 from .target import Target, target_of
 
@@ -71,12 +80,16 @@ def gated_delta_rule_prefill(
     if tokens == 0:
         return out
     target = target_of(qkv.device)
+    inputs = (qkv, a, b, A_log, dt_bias, state, slots, cu_seqlens, key_heads)
     if chunks_refused(target, qkv.dtype):
-        delta_recurrent.launch_recurrent(qkv, a, b, A_log, dt_bias, state, slots, cu_seqlens, key_heads, out)
+        delta_recurrent.launch_recurrent(*inputs, out)
+        return out
+    delta_recurrent.launch_recurrent(*inputs, out, SHORT_TOKENS)
+    if tokens <= SHORT_TOKENS:
         return out
     if most_blocks(tokens, sequences, CHUNK_TOKENS) > MOST_GRID_BLOCKS:
         raise ValueError(f"{tokens} tokens in one call: give {(MOST_GRID_BLOCKS - sequences) * CHUNK_TOKENS} at most")
-    _launch_chunks(target, qkv, a, b, A_log, dt_bias, state, slots, cu_seqlens, key_heads, workspace, out)
+    _launch_chunks(target, *inputs, workspace, out)
     return out
 
 
@@ -167,6 +180,7 @@ def _launch_chunks(
     table, decays, factors, remains, norms, keys, values, entering = _parts(workspace, _scratch(*sizes), qkv.dtype)
     stride = token_stride("qkv", qkv)
     heads = {"NK": key_heads, "NV": value_heads, "DK": key_dim, "CHUNK": CHUNK_TOKENS}
+    short = {"SHORT": SHORT_TOKENS, "BATCH": power_of_two(sequences)}
     precision = delta_solve.precision(target, qkv.element_size())
     solve = delta_solve.solve_configuration(target, key_dim, value_dim, qkv.element_size())
     carry = delta_state.state_configuration(target, value_dim, qkv.element_size())
@@ -189,7 +203,7 @@ def _launch_chunks(
         token_stride("b", b),
         sequences,
         **heads,
-        BATCH=power_of_two(sequences),
+        **short,
         num_warps=delta_gates.gates_warps(target),
     )
     delta_solve.delta_solve_kernel[(value_heads, chunks)](
@@ -221,10 +235,10 @@ def _launch_chunks(
         entering,
         stride,
         **heads,
+        **short,
         DV=value_dim,
         ROWS=carry.rows,
         PIECE=carry.piece,
-        BATCH=power_of_two(sequences),
         PRECISION=precision,
         num_warps=carry.num_warps,
         num_stages=carry.num_stages,
@@ -260,13 +274,10 @@ def _check_workspace(workspace: Tensor, needed_bytes: int, device: torch.device)
 
 
 def compile_cases(target: Target) -> tuple[CompileCase, ...]:
-    """Qwen3.5-9B's heads, 16 and 32 of 128: the four kernels, or the recurrent one where they do not run (or not
-    all)."""
+    """Qwen3.5-9B's heads, 16 and 32 of 128: the four kernels where they run, and the recurrent one."""
     heads = (16, 32)
     cases: tuple[CompileCase, ...] = ()
     if not chunks_refused(target, torch.bfloat16):
         for kernel in (delta_gates, delta_solve, delta_state, delta_output):
             cases += kernel.compile_cases(target, *heads)
-    if chunks_refused(target, torch.float16) or chunks_refused(target, torch.float32):
-        cases += delta_recurrent.compile_cases(target, *heads)
-    return cases
+    return cases + delta_recurrent.compile_cases(target, *heads)

@@ -1,8 +1,9 @@
-"""The gated delta rule over prompts, token by token: for devices where the chunked kernels have no matrix unit to run
-on.
+"""The gated delta rule over prompts, token by token: for short ones, and for devices where the chunked kernels have no
+matrix unit to run on.
 
-That is Turing (Triton has no tensor cores below 8.0), and float32 inputs on RDNA (WMMA has no float32). Same arguments,
-same results as the chunked rule; nothing but the state in and out and the outputs touches memory, no scratch.
+Those are Turing (Triton has no tensor cores below 8.0), and RDNA for float32 inputs (WMMA has no float32). Why short
+prompts: `delta_prefill.py`. Same arguments, same results as the chunked rule; nothing but the state in and out and the
+outputs touches memory, no scratch. Programs of sequences longer than `most_tokens` end at once.
 
 Grid (DV / ROWS, NV, B); a program takes ROWS rows of a head's state through all tokens of its sequence, in the tile of
 `delta_decode.py` and with its arithmetic (`delta_token`). q, k, v and the gates of the next token are loaded before the
@@ -19,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .delta_decode import delta_token, step_configuration
+from .delta_decode import delta_token, state_tile, step_configuration
 from .sequences import token_stride
 from .target import Target, target_of
+
+ANY_LENGTH = 2**31 - 1
 
 
 @triton.jit
@@ -36,6 +39,7 @@ def delta_recurrent_kernel(
     cu_seqlens,
     out,
     scale,
+    most_tokens,
     qkv_stride,
     a_stride,
     b_stride,
@@ -48,13 +52,10 @@ def delta_recurrent_kernel(
 ):
     head, sequence = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
-    if end <= start:
+    if (end <= start) | (end - start > most_tokens):
         return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    key = tl.arange(0, DK // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     slot = tl.load(slots + sequence).to(tl.int64)
-    tile = state + slot * (NV * DV * DK) + (head * DV * DK + row[None, :, None] * DK + key[:, None, :])
-    held = tl.load(tile, mask=row[None, :, None] < tl.where(slot >= 0, DV, 0), other=0.0).to(tl.float32)
+    row, key, tile, held = state_tile(state, slot, head, NV, DK, DV, ROWS, INNER)
     A_log_head = tl.load(A_log + head).to(tl.float32)
     dt_bias_head = tl.load(dt_bias + head).to(tl.float32)
     q_column = qkv + head // (NV // NK) * DK + key
@@ -84,7 +85,7 @@ def delta_recurrent_kernel(
         tl.store(out + ((first + token) * NV + head) * DV + row, result.to(out.dtype.element_ty))
         q, k, v, a_head, b_head = next_q, next_k, next_v, next_a, next_b
     if slot >= 0:
-        tl.store(tile, held.to(state.dtype.element_ty))
+        tl.store(tile + slot * (NV * DV * DK), held.to(state.dtype.element_ty))
 
 
 def launch_recurrent(
@@ -98,8 +99,10 @@ def launch_recurrent(
     cu_seqlens: Tensor,
     key_heads: int,
     out: Tensor,
+    most_tokens: int = ANY_LENGTH,
 ) -> None:
-    """Fills out [T, NV, DV]; the arguments are those of `delta_prefill.gated_delta_rule_prefill`, checked there."""
+    """Fills out [T, NV, DV] and the states of the sequences of up to `most_tokens` tokens; the arguments are those of
+    `delta_prefill.gated_delta_rule_prefill`, checked there."""
     _, value_heads, value_dim, key_dim = state.shape
     use = step_configuration(target_of(qkv.device), key_dim, value_dim, state.element_size())
     delta_recurrent_kernel[(value_dim // use.rows, value_heads, slots.shape[0])](
@@ -113,6 +116,7 @@ def launch_recurrent(
         cu_seqlens,
         out,
         key_dim**-0.5,
+        most_tokens,
         token_stride("qkv", qkv),
         token_stride("a", a),
         token_stride("b", b),
@@ -127,20 +131,23 @@ def launch_recurrent(
 
 
 def compile_cases(target: Target, key_heads: int, value_heads: int) -> tuple[CompileCase, ...]:
-    """Heads of 128: fp16 on Turing, float32 on RDNA."""
-    kind = "*fp16" if target.capability == 75 else "*fp32"
+    """Heads of 128: fp16 on Turing; bf16, for short prompts, elsewhere; float32 too on RDNA."""
     use = step_configuration(target, 128, 128, 4)
-    return (
+    kinds = {"f16": "*fp16"} if target.capability == 75 else {"bf16": "*bf16"}
+    if target.name.startswith("gfx1"):
+        kinds["f32"] = "*fp32"
+    return tuple(
         CompileCase(
-            name="delta_recurrent",
+            name=f"delta_recurrent/{name}",
             kernel=delta_recurrent_kernel,
             signature={"qkv": kind, "a": kind, "b": kind, "A_log": "*fp32", "dt_bias": "*fp32", "state": "*fp32"}
-            | {"slots": "*i32", "cu_seqlens": "*i32", "out": kind}
-            | {"scale": "fp32", "qkv_stride": "i32", "a_stride": "i32", "b_stride": "i32"},
+            | {"slots": "*i32", "cu_seqlens": "*i32", "out": kind, "scale": "fp32", "most_tokens": "i32"}
+            | {"qkv_stride": "i32", "a_stride": "i32", "b_stride": "i32"},
             constants={"NK": key_heads, "NV": value_heads, "DK": 128, "DV": 128, "ROWS": use.rows, "INNER": use.inner},
             aligned=("qkv", "A_log", "dt_bias", "state", "slots", "cu_seqlens", "out", "qkv_stride"),
             num_warps=use.num_warps,
             wide_loads=False,  # the state is read once; the loop reads q, k and v, a few bytes per thread
             large=("state",),
-        ),
+        )
+        for name, kind in kinds.items()
     )

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from .compile_case import CompileCase
-from .delta_gates import CHUNK_TOKENS, decay_between
+from .delta_gates import CHUNK_TOKENS, decay_between, locate_chunk
 from .target import Target
 
 
@@ -110,14 +110,12 @@ def delta_solve_kernel(
     PRECISION: tl.constexpr,
 ):
     head, chunk = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(table + chunk * 2 + 1)
+    first, rows, key_head, at = locate_chunk(table, chunk, head, NK, NV)
     if rows == 0:
         return
-    key_head = head // (NV // NK)
-    at = chunk.to(tl.int64) * NV + head
     row = tl.arange(0, CHUNK)
     inside = (row < rows)[:, None]
-    tokens = qkv + tl.load(table + chunk * 2).to(tl.int64) * qkv_stride + row[:, None] * qkv_stride
+    tokens = qkv + first * qkv_stride + row[:, None] * qkv_stride
     k_tokens, v_tokens = tokens + (NK + key_head) * DK, tokens + 2 * NK * DK + head * DV
 
     products = tl.zeros((CHUNK, CHUNK), tl.float32)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .compile_case import CompileCase
-from .delta_gates import CHUNK_TOKENS
+from .delta_gates import CHUNK_TOKENS, SHORT_TOKENS
 from .delta_solve import dot_wide, precision
 from .sequences import count_blocks
 from .target import Target
@@ -84,13 +84,16 @@ def delta_state_kernel(
     DK: tl.constexpr,
     DV: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHORT: tl.constexpr,
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     BATCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head, sequence = tl.program_id(1), tl.program_id(2)
-    first, start, end = count_blocks(cu_seqlens, sequence, BATCH, CHUNK)
+    first, start, end = count_blocks(cu_seqlens, sequence, BATCH, CHUNK, SHORT + 1)
+    if end - start <= SHORT:
+        return
     value = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     key = tl.arange(0, DK)
     slot = tl.load(slots + sequence).to(tl.int64)
@@ -151,7 +154,8 @@ def compile_cases(target: Target, key_heads: int, value_heads: int) -> tuple[Com
             signature={"qkv": "*bf16", "state": "*fp32", "slots": "*i32", "cu_seqlens": "*i32", "factors": "*fp32"}
             | {"remains": "*fp32", "keys": "*bf16", "values": "*fp32", "entering": "*bf16", "qkv_stride": "i32"},
             constants={"NK": key_heads, "NV": value_heads, "DK": 128, "DV": 128, "CHUNK": CHUNK_TOKENS}
-            | {"ROWS": use.rows, "PIECE": use.piece, "BATCH": 1, "PRECISION": precision(target, 2)},
+            | {"SHORT": SHORT_TOKENS, "ROWS": use.rows, "PIECE": use.piece, "BATCH": 1}
+            | {"PRECISION": precision(target, 2)},
             aligned=(
                 "qkv",
                 "qkv_stride",

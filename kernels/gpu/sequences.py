@@ -25,18 +25,24 @@ MOST_GRID_BLOCKS = 65535
 
 
 @triton.jit
-def locate_block(cu_seqlens, index, batch, BATCH: tl.constexpr, ROWS: tl.constexpr):
+def _blocks_of(lengths, ROWS: tl.constexpr, LEAST: tl.constexpr):
+    blocks = (lengths + (ROWS - 1)) // ROWS
+    return blocks if LEAST == 1 else tl.where(lengths >= LEAST, blocks, 0)
+
+
+@triton.jit
+def locate_block(cu_seqlens, index, batch, BATCH: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr = 1):
     """(sequence, first row of it, first row of the block, rows in the block) of block `index`; rows <= 0: no such
     block.
 
-    BATCH: a power of two, not below `batch`. ROWS: rows of a full block. A sequence's own first block is the one whose
-    first row is the sequence's first row.
+    BATCH: a power of two, not below `batch`. ROWS: rows of a full block. LEAST: sequences of fewer rows have no blocks.
+    A sequence's own first block is the one whose first row is the sequence's first row.
     """
     lanes = tl.arange(0, BATCH)
     known = lanes < batch
     starts = tl.load(cu_seqlens + lanes, mask=known, other=0)
     ends = tl.load(cu_seqlens + lanes + 1, mask=known, other=0)
-    blocks = (ends - starts + (ROWS - 1)) // ROWS
+    blocks = _blocks_of(ends - starts, ROWS, LEAST)
     until = tl.cumsum(blocks, 0)  # blocks of the sequences up to and with this one
     sequence = tl.sum((until <= index).to(tl.int32), 0)  # BATCH where there is no such block
     own = lanes == sequence
@@ -47,13 +53,13 @@ def locate_block(cu_seqlens, index, batch, BATCH: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def count_blocks(cu_seqlens, sequence, BATCH: tl.constexpr, ROWS: tl.constexpr):
-    """(number of the sequence's first block, its first row, one past its last row)."""
+def count_blocks(cu_seqlens, sequence, BATCH: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr = 1):
+    """(number of the sequence's first block, its first row, one past its last row); LEAST: as in `locate_block`."""
     lanes = tl.arange(0, BATCH)
     before = lanes < sequence
     starts = tl.load(cu_seqlens + lanes, mask=before, other=0)
     ends = tl.load(cu_seqlens + lanes + 1, mask=before, other=0)
-    first = tl.sum((ends - starts + (ROWS - 1)) // ROWS, 0)
+    first = tl.sum(_blocks_of(ends - starts, ROWS, LEAST), 0)
     return first, tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
 
 

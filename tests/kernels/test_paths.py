@@ -5,6 +5,8 @@ result. Sizes do not divide by any tile; the files of the single kernels go deep
 """
 
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import Parameter, signature
 from typing import Any
 
 import pytest
@@ -52,6 +54,24 @@ def copied(value: Any) -> Any:
 
 def error(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_operation_is_called_as_its_twin_is(path: str) -> None:
+    """Names, order and defaults; what a path takes besides (a workspace, a forced choice) has a default."""
+    own = PATHS[path]()
+    operations = [part.name for part in fields(Operations) if callable(getattr(REFERENCE, part.name))]
+    assert len(operations) == 13
+    for name in operations:
+        wanted, found = (
+            [
+                (parameter.name, parameter.kind, parameter.default)
+                for parameter in signature(function).parameters.values()
+            ]
+            for function in (getattr(REFERENCE, name), getattr(own, name))
+        )
+        assert found[: len(wanted)] == wanted, name
+        assert all(default is not Parameter.empty for _, _, default in found[len(wanted) :]), name
 
 
 def hold(operation: str, path: str, dtype: torch.dtype, *inputs: Any, changes: tuple[int, ...] = ()) -> None:

@@ -2,9 +2,6 @@
 # Arguments travel as lists here, whose lengths pyright does not know.
 """The decode step of the gated delta rule in Triton against float64: 1 to 8 tokens, every slot where it should be."""
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,30 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
+import triton.language as tl  # noqa: E402
+
 from qwenfit.kernels.gpu import delta_decode  # noqa: E402
 from qwenfit.kernels.gpu.target import TARGETS  # noqa: E402
 from qwenfit.kernels.reference import delta as reference_delta  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("walls")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty gives is full of NaN and stands between walls of 256 bytes that are whole in the end."""
-    allocated: list[tuple[Tensor, int]] = []
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size_bytes = math.prod(shape) * dtype.itemsize
-        allocated.append((torch.full((size_bytes + 512,), 255, dtype=torch.uint8, device=device), size_bytes))
-        return allocated[-1][0][256 : 256 + size_bytes].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for whole, size_bytes in allocated:
-        assert (whole[:256] == 255).all() and (whole[256 + size_bytes :] == 255).all()
-
 
 UNIT = 2.0**-24
 """A rounding of float32: where both errors are of that size their ratio is chance."""
@@ -61,6 +44,22 @@ def inputs(
         per_token.append(wide.to(DEVICE)[..., :width])
     A_log, dt_bias = (torch.randn(heads[1], generator=generator).to(DEVICE) for _ in range(2))
     return [*per_token, A_log, dt_bias - 1]
+
+
+@triton.jit
+def write_softplus(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, delta_decode.softplus(tl.load(x + at)))
+
+
+def test_softplus_keeps_its_digits() -> None:
+    """Relative to itself, not to 1: log(1 + e^x) would lose all of it from -17 on. A GPU's e^x is 2^(1.44 x), which is
+    as good as the product in the exponent."""
+    x = torch.cat([torch.linspace(-80, 80, 4093), torch.tensor([0.0, 1e30, -torch.inf])]).to(DEVICE)
+    found = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+    write_softplus[(1,)](x, found, SIZE=4096)
+    truth = torch.nn.functional.softplus(x.double(), threshold=1000)
+    assert ((found.double() - truth).abs() <= 2.0**-21 * truth * x.double().abs().clamp(1, 80)).all()
 
 
 def random_state(slots: int, value_heads: int, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
-from qwenfit.kernels.gpu.delta_gates import CHUNK_TOKENS, FACTORS, delta_gates_kernel  # noqa: E402
+from qwenfit.kernels.gpu.delta_gates import CHUNK_TOKENS, FACTORS, SHORT_TOKENS, delta_gates_kernel  # noqa: E402
 from qwenfit.kernels.reference.delta import delta_inputs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +36,7 @@ def run(qkv: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bound
         NV=3,
         DK=SIZE,
         CHUNK=CHUNK_TOKENS,
+        SHORT=SHORT_TOKENS,
         BATCH=batch,
     )
     return found
@@ -86,7 +87,14 @@ def test_two_chunks_of_one_sequence() -> None:
 
 
 def test_a_chunk_that_is_not_there_is_said_to_be_empty() -> None:
-    values = torch.ones(9, 5 * SIZE, device=DEVICE)
-    gates = torch.ones(9, 3, device=DEVICE)
-    table, decays, *_ = run(values, gates, gates, gates[0], gates[0], [0, 9])
-    assert table[:, 1].tolist() == [9, 0] and decays[1].isnan().all()
+    values = torch.ones(20, 5 * SIZE, device=DEVICE)
+    gates = torch.ones(20, 3, device=DEVICE)
+    table, decays, *_ = run(values, gates, gates, gates[0], gates[0], [0, 20])
+    assert table[:, 1].tolist() == [20, 0] and decays[1].isnan().all()
+
+
+def test_a_short_sequence_has_no_chunk() -> None:
+    values = torch.ones(36, 5 * SIZE, device=DEVICE)
+    gates = torch.ones(36, 3, device=DEVICE)
+    table, decays, *_ = run(values, gates, gates, gates[0], gates[0], [0, 16, 33])
+    assert table.tolist()[0] == [16, 17] and table[1, 1] == 0 and decays[1].isnan().all()

@@ -7,12 +7,9 @@ inputs in float32 throughout and rounds only its output, and the kernels' error 
 within one rounding of the input dtype.
 """
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,28 +20,15 @@ from qwenfit.kernels.gpu.delta_prefill import gated_delta_rule_prefill, prefill_
 from qwenfit.kernels.gpu.target import TARGETS, target  # noqa: E402
 from qwenfit.kernels.reference import delta as reference_delta  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("walls")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 UNIT = 2.0**-24
 """A rounding of float32: where both errors are of that size their ratio is chance."""
-
-
-@pytest.fixture(autouse=True)
-def walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty gives is full of NaN and stands between walls of 256 bytes that are whole in the end."""
-    allocated: list[tuple[Tensor, int]] = []
-
-    def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else shape
-        size_bytes = math.prod(shape) * dtype.itemsize
-        allocated.append((torch.full((size_bytes + 512,), 255, dtype=torch.uint8, device=device), size_bytes))
-        return allocated[-1][0][256 : 256 + size_bytes].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for whole, size_bytes in allocated:
-        assert (whole[:256] == 255).all() and (whole[256 + size_bytes :] == 255).all()
+NOISE = 4 * UNIT
+"""Two float32 numbers that are right may be so far apart: after one token a dozen roundings lie behind outputs and
+state, and whose happen to cancel is chance (8.4e-8 above 1.5 times torch's is the most seen in 300 prompts)."""
 
 
 def rms_error(found: Tensor, truth: Tensor) -> float:
@@ -88,8 +72,8 @@ def check_against_float64(
     twin = reference_delta.gated_delta_rule_prefill(*given_inputs, twin_state, *where)
     found = gated_delta_rule_prefill(*given_inputs, found_state, *where)
     assert found.dtype == given_inputs[0].dtype and found.shape == truth.shape
-    assert rms_error(found, truth) <= times * rms_error(twin, truth) + UNIT
-    within = times * rms_error(twin_state, true_state) + torch.finfo(given_inputs[0].dtype).eps / 4
+    assert rms_error(found, truth) <= times * rms_error(twin, truth) + NOISE
+    within = times * rms_error(twin_state, true_state) + max(torch.finfo(given_inputs[0].dtype).eps / 4, NOISE)
     assert rms_error(found_state, true_state) <= within
     others = [slot for slot in range(state.shape[0]) if slot not in slots.tolist()]
     assert torch.equal(found_state[others], state[others])
@@ -119,11 +103,36 @@ def test_errors_are_those_of_torch(lengths, heads, size, dtype, state_dtype, mem
     check_any(lengths, heads, size, dtype, state_dtype, memory, seed)
 
 
+ONE = {"heads": (1, 1), "dtype": torch.bfloat16, "state_dtype": torch.float32, "memory": 2.0}
+
+
 @pytest.mark.slow
 @settings(max_examples=40, **CHECKS)
+@example(lengths=[1], size=(32, 64), seed=8, **ONE)  # 1.6 times in chunks
+@example(lengths=[1], size=(64, 32), seed=260, **{**ONE, "dtype": torch.float32})
 @given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3).filter(lambda few: 0 < sum(few) <= 300), **ANY)
 def test_errors_are_those_of_torch_up_to_300_tokens(lengths, heads, size, dtype, state_dtype, memory, seed) -> None:
     check_any(lengths, heads, size, dtype, state_dtype, memory, seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_token_is_as_exact_as_torch(seed: int) -> None:
+    """In chunks the state is rounded to meet q, and one of five such prompts is past the bound (1.9 times seen)."""
+    check_any([1], (1, 1), (16, 16), torch.bfloat16, torch.float32, 5.0, seed)
+
+
+def test_short_and_long_side_by_side() -> None:
+    """16 tokens are the last that go token by token, 17 the first in a chunk; rows past the last sequence are not
+    written."""
+    check_any([16, 17, 1], (1, 2), (32, 32), torch.bfloat16, torch.float32, 2.0, 0)
+    given_inputs = inputs(40, (1, 2), (32, 32), torch.bfloat16)
+    state = random_state(2, 2, (32, 32))
+    alone = state.clone()
+    found = gated_delta_rule_prefill(*given_inputs, state, int32(1), int32(0, 9), 1)
+    expected = gated_delta_rule_prefill(
+        *(x[:9] for x in given_inputs[:3]), *given_inputs[3:], alone, int32(1), int32(0, 9), 1
+    )
+    assert torch.equal(found[:9], expected) and torch.equal(state, alone) and found[9:].isnan().all()
 
 
 @pytest.mark.slow
@@ -147,7 +156,7 @@ def check_cut(cut: int, dtype: torch.dtype, tokens: int) -> None:
         one = (*(x[part] for x in given_inputs[:3]), *given_inputs[3:])
         parts.append(gated_delta_rule_prefill(*one, found_state, int32(1), int32(0, length), 1))
     assert rms_error(torch.cat(parts), truth) <= 1.5 * rms_error(twin, truth) + UNIT
-    assert rms_error(found_state, true_state) <= torch.finfo(dtype).eps / 4 + 4 * UNIT
+    assert rms_error(found_state, true_state) <= torch.finfo(dtype).eps / 4 + NOISE
 
 
 @pytest.mark.parametrize(("cut", "dtype"), [(1, torch.bfloat16), (37, torch.float32), (64, torch.bfloat16)])
@@ -293,12 +302,13 @@ def test_steps_go_on_where_a_prompt_ends() -> None:
     torch.testing.assert_close(stepped[1], state[1], rtol=1e-4, atol=1e-6)
 
 
-def test_every_target_runs_one_or_the_other() -> None:
+def test_every_target_runs_what_it_launches() -> None:
     for where in TARGETS:
         names = [case.name for case in delta_prefill.compile_cases(where)]
         chunked = delta_prefill.chunks_refused(where, torch.bfloat16) is None
-        assert ("delta_state" in names) == chunked
-        assert ("delta_recurrent" in names) == (where.name in ("sm_75", "gfx1100", "gfx1201"))
+        assert ("delta_state" in names) == ("delta_recurrent/bf16" in names) == chunked
+        assert ("delta_recurrent/f16" in names) == (where.name == "sm_75")
+        assert ("delta_recurrent/f32" in names) == (where.name in ("gfx1100", "gfx1201"))
     assert "Triton has no matrix unit there" in (delta_prefill.chunks_refused(target("sm_75"), torch.float16) or "")
     assert "has no float32" in (delta_prefill.chunks_refused(target("gfx1201"), torch.float32) or "")
 

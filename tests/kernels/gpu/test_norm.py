@@ -3,9 +3,6 @@
 """The norms in Triton against float64: errors at most 1.5 times those of the twins in plain torch, nothing else
 touched."""
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,26 +13,10 @@ triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 from qwenfit.kernels.gpu import norm  # noqa: E402
 from qwenfit.kernels.reference import dense as reference  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("walls")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.empty gives is full of NaN and stands between walls of 256 bytes that are whole in the end."""
-    allocated: list[tuple[Tensor, int]] = []
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size_bytes = math.prod(shape) * dtype.itemsize
-        allocated.append((torch.full((size_bytes + 512,), 255, dtype=torch.uint8, device=device), size_bytes))
-        return allocated[-1][0][256 : 256 + size_bytes].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for whole, size_bytes in allocated:
-        assert (whole[:256] == 255).all() and (whole[256 + size_bytes :] == 255).all()
-
 
 UNIT = 2.0**-24
 """A rounding of float32: where both errors are of that size their ratio is chance."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
@@ -24,9 +24,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @triton.jit
-def write_blocks(cu_seqlens, found, batch, BATCH: tl.constexpr, ROWS: tl.constexpr):
+def write_blocks(cu_seqlens, found, batch, BATCH: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr):
     index = tl.program_id(0)
-    sequence, start, first, rows = locate_block(cu_seqlens, index, batch, BATCH, ROWS)
+    sequence, start, first, rows = locate_block(cu_seqlens, index, batch, BATCH, ROWS, LEAST)
     tl.store(found + index * 4, sequence)
     tl.store(found + index * 4 + 1, start)
     tl.store(found + index * 4 + 2, first)
@@ -34,34 +34,41 @@ def write_blocks(cu_seqlens, found, batch, BATCH: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def write_counts(cu_seqlens, found, BATCH: tl.constexpr, ROWS: tl.constexpr):
+def write_counts(cu_seqlens, found, BATCH: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr):
     sequence = tl.program_id(0)
-    first, start, end = count_blocks(cu_seqlens, sequence, BATCH, ROWS)
+    first, start, end = count_blocks(cu_seqlens, sequence, BATCH, ROWS, LEAST)
     tl.store(found + sequence * 3, first)
     tl.store(found + sequence * 3 + 1, start)
     tl.store(found + sequence * 3 + 2, end)
 
 
 @settings(max_examples=5, deadline=None)
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), rows=st.sampled_from((7, 16, 32)))
-def test_blocks_are_those_of_a_loop(lengths: list[int], rows: int) -> None:
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    rows=st.sampled_from((7, 16, 32)),
+    least=st.sampled_from((1, 10)),
+)
+@example(lengths=[9, 10, 40, 3, 33], rows=16, least=10)
+def test_blocks_are_those_of_a_loop(lengths: list[int], rows: int, least: int) -> None:
+    """least: sequences of fewer rows have no blocks."""
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
     expected, counts = [], []
     for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
         counts.append([len(expected), start, end])
-        expected += [[sequence, start, first, min(rows, end - first)] for first in range(start, end, rows)]
+        if end - start >= least:
+            expected += [[sequence, start, first, min(rows, end - first)] for first in range(start, end, rows)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     programs = most_blocks(bounds[-1], len(lengths), rows)
-    assert len(expected) <= programs <= len(expected) + len(lengths)
+    assert len(expected) <= programs and (least > 1 or programs <= len(expected) + len(lengths))
     found = torch.full((programs + 2, 4), -7, dtype=torch.int32, device=DEVICE)
     batch = power_of_two(len(lengths))
-    write_blocks[(programs + 1,)](cu_seqlens, found, len(lengths), BATCH=batch, ROWS=rows)
+    write_blocks[(programs + 1,)](cu_seqlens, found, len(lengths), BATCH=batch, ROWS=rows, LEAST=least)
     assert found[: len(expected)].tolist() == expected
     assert (found[len(expected) : programs + 1, 3] <= 0).all() and (found[-1] == -7).all()
     found = torch.zeros(len(lengths), 3, dtype=torch.int32, device=DEVICE)
-    write_counts[(len(lengths),)](cu_seqlens, found, BATCH=batch, ROWS=rows)
+    write_counts[(len(lengths),)](cu_seqlens, found, BATCH=batch, ROWS=rows, LEAST=least)
     assert found.tolist() == counts
 
 
