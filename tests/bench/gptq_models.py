@@ -32,7 +32,6 @@ OURS: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq"},
     "gptq": {"method": "gptq"},
     "gptq, full-precision targets": {"method": "gptq", "targets": True},
-    "the same, damped by 0.3": {"method": "gptq", "targets": True, "damping": 0.3},
 }
 CASES = ("4:128:sym", "4:128:asym", "4:32:sym", "4:32:asym", "3:128:sym", "3:128:asym")
 KEPT = ("lm_head", "re:.*in_proj_a$", "re:.*in_proj_b$")
@@ -112,15 +111,14 @@ def run_gptqmodel(source: str, sequences: Tensor, grid: Grid) -> dict[str, Tenso
 PEERS = {"llm-compressor": run_llm_compressor, "gptqmodel": run_gptqmodel}
 
 
-def run_ours(
-    source: str, sequences: Tensor, grid: Grid, method: str, targets: bool = False, damping: float = 0.01
-) -> dict[str, Tensor]:
+def run_ours(source: str, sequences: Tensor, grid: Grid, method: str, targets: bool = False) -> dict[str, Tensor]:
     """What `quantize` does with a dense model, without its files: 3 bits and other grids can be measured, too."""
     from qwenfit.kernels.runtime.configuration import read_configuration
     from qwenfit.quant.activations import Activations
     from qwenfit.quant.decoder import DecoderLayer, Stream
     from qwenfit.quant.grid import rtn
     from qwenfit.quant.modules import list_modules
+    from qwenfit.quant.solve import TARGET_DAMPING
     from qwenfit.quant.source import open_source
     from qwenfit.quant.weights import Weights
 
@@ -140,7 +138,7 @@ def run_ours(
         if method == "awq":
             changed = smoothed(layers, streams, leaves, grid)
         else:
-            changed = solved(layers, streams, leaves, grid, damping)
+            changed = solved(layers, streams, leaves, grid, TARGET_DAMPING if targets else 0.01)
         names = weights.layer_names(number)
         found.update({names[leaf].removesuffix(".weight"): matrix for leaf, matrix in changed.items()})
     return found
