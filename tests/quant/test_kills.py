@@ -4,9 +4,9 @@
     QWENFIT_KILLS_SEED=7 pytest -m slow -s tests/quant/test_kills.py
 
 A moment is drawn, in CPU seconds, between the first file of a run and its end, as an undisturbed one has them; before
-it there is nothing to go on with. After a kill the target is complete or does not exist; a run that goes on may be killed
-again (one time in three). Then every file is compared. The command in the model card says --resume where it was given, which is
-the one difference allowed.
+it there is nothing to go on with. After a kill the target is complete or does not exist; a run that goes on may be
+killed again (one time in three). Then every file is compared. The command in the model card says --resume where it was
+given, which is the one difference allowed.
 """
 
 import os
