@@ -2,6 +2,7 @@
 
     python tests/bench/gptq_solver.py --peer llm-compressor=VENV/bin/python --peer gptqmodel=VENV/bin/python
     python tests/bench/gptq_solver.py --shape 4096x12288 --tokens 2048 --bits 4 --group-size 128
+    python tests/bench/gptq_solver.py --matrices FILE.safetensors --group-size 64      # of `real_matrices.py`
 
 Each tool runs in a process of its own, ours too, one after the other: CPU seconds (user + system) of the Hessian and of
 the solve with its factorisation, peak memory, and the error tr(dW H dW^T) / tr(W H W^T) on the tokens of the
@@ -9,7 +10,8 @@ calibration and on as many that nobody saw. Peers are called as their own pipeli
 needs an environment of its own (`pip install llmcompressor==0.14.0.1`, `pip install gptqmodel==7.6.0`). Quote ratios of
 one run: a shared machine's seconds swing.
 
-The tokens have what real activations have: a spectrum that falls as a power, channels of unlike size, a few outliers.
+Calibration reaches each tool as its own pipeline hands it on: theirs a sequence at a time, ours as many as it takes.
+Tokens of our own making have a spectrum that falls as a power, channels of unlike size and a few outliers.
 """
 
 import argparse
@@ -19,15 +21,17 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 SHAPES = ("8192x4096", "4096x12288")
 OURS = "qwenfit"
+SEQUENCE_TOKENS = 512
 DIRECTIONS = 512
 
 
@@ -102,7 +106,9 @@ def run_llm_compressor(
     module.weight.data = w
     module.requires_grad_(False)
     clock = Clock()
-    hessian, samples = helpers.accumulate_hessian(x, module, helpers.make_empty_hessian(module), torch.zeros(()))
+    hessian, samples = helpers.make_empty_hessian(module), torch.zeros(())
+    for sequence in x.split(SEQUENCE_TOKENS):
+        hessian, samples = helpers.accumulate_hessian(sequence[None], module, hessian, samples)
     hessian_s = clock.lap_s()
     observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=arguments, module=module)
     observer(module.weight)
@@ -133,7 +139,9 @@ def run_gptqmodel(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: b
     task.quantizer.configure(perchannel=True)
     clock = Clock()
     with torch.inference_mode():
-        task.add_batch(x, x)
+        for number, sequence in enumerate(x.split(SEQUENCE_TOKENS)):
+            task.add_batch(sequence[None], sequence[None], batch_index=number)
+        task.finalize_hessian()
         hessian_s = clock.lap_s()
         done = task.quantize()[0]
     return done.clone(), {"hessian_s": hessian_s, "solve_s": clock.lap_s()}
@@ -156,25 +164,42 @@ def output_error(w: Tensor, rounded: Tensor, x: Tensor) -> float:
     return got / wanted
 
 
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(name, weight, tokens, unseen tokens) of one shape, or of every matrix of a file that falls into groups."""
+    if not options.matrices:
+        rows, columns = map(int, options.shape[0].split("x"))
+        tokens, unseen = (activations(options.tokens, columns, seed) for seed in (1, 3))
+        yield options.shape[0], weight(rows, columns), tokens, unseen
+        return
+    with safe_open(options.matrices, "pt") as file:
+        for name in sorted(key.removesuffix(".weight") for key in list(file.keys()) if key.endswith(".weight")):
+            w, x, unseen = (file.get_tensor(f"{name}.{kind}") for kind in ("weight", "tokens", "unseen"))
+            if w.shape[1] % max(1, options.group_size) == 0:
+                yield name, w, x, unseen
+
+
 def work(options: argparse.Namespace) -> None:
-    """What a child process does: one tool, one case, one JSON document."""
+    """What a child process does: one tool, its cases, one JSON document."""
     torch.set_num_threads(options.threads)
-    rows, columns = map(int, options.shape[0].split("x"))
-    w, x = weight(rows, columns), activations(options.tokens, columns, seed=1)
     # Once for nothing: imports, kernels that are compiled at the first call.
     TOOLS[options.tool](
         weight(32, 256), activations(256, 256, seed=1), options.bits, options.group_size, not options.asym
     )
+    answers = {name: measured(options, w, x, unseen) for name, w, x, unseen in cases(options)}
+    Path(options.answer).write_text(json.dumps(answers))
+
+
+def measured(options: argparse.Namespace, w: Tensor, x: Tensor, unseen: Tensor) -> dict[str, float]:
     rounded, answer = TOOLS[options.tool](w.clone(), x, options.bits, options.group_size, not options.asym)
     answer["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     rounded = rounded.detach().float()
     answer["error"] = output_error(w, rounded, x)
-    answer["unseen_error"] = output_error(w, rounded, activations(options.tokens, columns, seed=3))
-    Path(options.answer).write_text(json.dumps(answer))
+    answer["unseen_error"] = output_error(w, rounded, unseen)
+    return answer
 
 
-def ask(tool: str, python: str, shape: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run a tool in its own process. RuntimeError with its last words where it fails."""
+def ask(tool: str, python: str, shape: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run a tool in its own process: figures by matrix. RuntimeError with its last words where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "GPTQMODEL_CPU_WORKERS": "2"}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
@@ -182,6 +207,7 @@ def ask(tool: str, python: str, shape: str, options: argparse.Namespace) -> dict
         for name in ("tokens", "bits", "group_size", "threads"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         command += ["--asym"] if options.asym else []
+        command += ["--matrices", os.path.abspath(options.matrices)] if options.matrices else []
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{tool}: {done.stderr[-2000:]}")
@@ -191,6 +217,7 @@ def ask(tool: str, python: str, shape: str, options: argparse.Namespace) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our GPTQ beside two others'")
     parser.add_argument("--shape", action="append", help="rows x columns; several times for several")
+    parser.add_argument("--matrices", help="a file of `real_matrices.py` instead of shapes")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
@@ -204,19 +231,20 @@ def main() -> None:
         work(options)
         return
     tools = {OURS: sys.executable, **dict(peer.split("=", 1) for peer in options.peer)}
-    print("| shape | tool | Hessian CPU s | solve CPU s | ours / theirs | peak GB | error | error, unseen tokens |")
+    print("| matrix | tool | Hessian CPU s | solve CPU s | ours / theirs | peak GB | error | error, unseen tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for shape in options.shape or SHAPES:
-        ours: dict[str, float] = {}
+    for shape in ["file"] if options.matrices else options.shape or SHAPES:
+        ours: dict[str, dict[str, float]] = {}
         for tool, python in tools.items():
-            a = ask(tool, python, shape, options)
-            ours = ours or a
-            ratios = f"{ours['hessian_s'] / a['hessian_s']:.2f}, {ours['solve_s'] / a['solve_s']:.2f}"
-            print(
-                f"| {shape} | {tool} | {a['hessian_s']:.1f} | {a['solve_s']:.1f} | {ratios} | {a['peak_gb']:.2f} "
-                f"| {a['error']:.3e} | {a['unseen_error']:.3e} |",
-                flush=True,
-            )
+            found = ask(tool, python, shape, options)
+            ours = ours or found
+            for name, a in found.items():
+                ratios = f"{ours[name]['hessian_s'] / a['hessian_s']:.2f}, {ours[name]['solve_s'] / a['solve_s']:.2f}"
+                print(
+                    f"| {name} | {tool} | {a['hessian_s']:.1f} | {a['solve_s']:.1f} | {ratios} | {a['peak_gb']:.2f} "
+                    f"| {a['error']:.3e} | {a['unseen_error']:.3e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -62,11 +62,15 @@ def round_to_grid(matrix: Any, scheme: Any, dtype: Any) -> Any:
 
     size = matrix.shape[1] // scheme.groups(matrix.shape[1])
     values, top = matrix.float().unflatten(1, (-1, size)), 2**scheme.bits - 1
-    if scheme.symmetric:
+    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    if scheme.symmetric and scheme.bits < 8:
+        # Half of the groups get a negative scale, as the solvers give it: whatever reads a file multiplies by it.
+        scales = (torch.where(high > -low, -high, -low) / 2 ** (scheme.bits - 1)).to(dtype).float()
+        zeros = torch.full_like(scales, 2 ** (scheme.bits - 1))
+    elif scheme.symmetric:
         scales = (2 * values.abs().amax(-1) / top).to(dtype).float()
         zeros = torch.full_like(scales, 2 ** (scheme.bits - 1))
     else:
-        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         scales = ((high - low) / top).to(dtype).float()
         zeros = (-low / scales).round().clamp(0, top)
     codes = (values / scales[..., None] + zeros[..., None]).round().clamp(0, top)

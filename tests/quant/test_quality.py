@@ -1,7 +1,7 @@
 """Which method is better, on a model that has learned something: rtn > awq > gptq > gptq with full-precision targets.
 
 KL divergence from bf16 on held-out text, 4 bits, groups of 128, symmetric; docs/quantization.md has the figures
-(0.0064, 0.0060, 0.0041, 0.0039). The margins asked for here are half of those measured.
+(0.0064, 0.0060, 0.0041, 0.0036). The margins asked for here are half of those measured.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_gptq_is_better_than_awq(divergence: dict[str, float]) -> None:
 
 
 def test_full_precision_targets_are_better(divergence: dict[str, float]) -> None:
-    assert divergence["gptaq"] < 0.99 * divergence["gptq"], divergence
+    assert divergence["gptaq"] < 0.95 * divergence["gptq"], divergence
 
 
 def test_eight_bits_where_it_hurts_are_worth_more_than_elsewhere(tmp_path: Path) -> None:
