@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..profiles.errors import BadInput, Unsupported
+from ..profiles.json_file import short
 from .gguf_codes import group_columns
 from .module_rules import check_fused, fused_with
 from .modules import Module
@@ -32,7 +33,7 @@ GGUF_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 """Of GGML's block types that are written: their bits, and what is taken for so many bits."""
 KEEP = 16
 PARTS = ("lm_head", "embeddings", "shared_experts", "mtp")
-LIMIT_BYTES = 1 << 20
+LIMIT_BYTES = 1 << 16
 MOST_PATTERN = 1000
 
 
@@ -154,22 +155,24 @@ def read_recipe(path: str, base: Recipe) -> Recipe:
             raise BadInput(f"{path} has more than {LIMIT_BYTES:,} bytes: that is no recipe")
         with open(path, encoding="utf-8") as file:
             data = yaml.safe_load(file.read(LIMIT_BYTES))
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # a number of 5,000 digits
         raise BadInput(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
         raise BadInput(f"{path}: a recipe is a list of `name: value`")
     known = {field.name: field for field in fields(Recipe)}
     for name in data:
         if name not in known:
-            raise BadInput(f"{path}: {str(name)[:80]!r} is not one of {', '.join(known)}")
+            raise BadInput(f"{path}: {short(name)} is not one of {', '.join(known)}")
     values = {name: value for name, value in data.items() if name != "modules"}
     for name, value in values.items():
         if not isinstance(value, _types(name)) or (
             isinstance(value, bool) != isinstance(getattr(Recipe(), name), bool) and name != "symmetric"
         ):
-            raise BadInput(f"{path}: {name} is {str(value)[:80]!r}")
+            raise BadInput(f"{path}: {name} is {short(value)}")
     if "modules" in data:
         values["modules"] = tuple(_rule(path, entry) for entry in _list(path, data["modules"]))
     try:
@@ -185,12 +188,12 @@ def resolve(recipe: Recipe, modules: Iterable[Module]) -> tuple[dict[str, Scheme
     """
     modules = list(modules)
     wanted: dict[str, Scheme | None] = {}
+    places: dict[str, int] = {}
     for module in modules:
-        key = fused_with(module.name)
-        rule = first_rule(recipe.modules, module.name)
-        if key in wanted and rule is None:
-            continue
-        wanted[key] = _scheme(recipe, module, rule)
+        key, rule = fused_with(module.name), first_rule(recipe.modules, module.name)
+        place = len(recipe.modules) if rule is None else recipe.modules.index(rule)
+        if place < places.get(key, len(recipe.modules) + 1):  # the first rule of the file, whichever of them it names
+            places[key], wanted[key] = place, _scheme(recipe, module, rule)
     schemes, kept = {}, []
     for module in modules:
         scheme = wanted[fused_with(module.name)]
@@ -229,12 +232,14 @@ def _bits_by_part(recipe: Recipe, module: Module) -> int:
 
 
 def first_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
-    """The rule that decides about a module's full name."""
-    return next((rule for rule in rules if re.search(rule.match, name)), None)
+    """The rule that decides about a module's full name. The prediction layer, which has a layer 0 of its own, is meant
+    by rules that say `mtp` only."""
+    named = (rule for rule in rules if "mtp" in rule.match) if name.startswith("mtp.") else rules
+    return next((rule for rule in named if re.search(rule.match, name)), None)
 
 
 def _check(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known or isinstance(value, bool):
+    if isinstance(value, bool | float) or value not in known:
         shown = ", ".join(str(one) for one in known if one is not None)
         raise BadInput(f"{name} is {value!r}: it is one of {shown}")
 
@@ -253,12 +258,12 @@ def _list(path: str, value: Any) -> list[Any]:
 
 def _rule(path: str, entry: Any) -> Rule:
     if not isinstance(entry, Mapping) or not {"match", "bits"} <= set(entry) <= {"match", "bits", "group_size"}:
-        raise BadInput(f"{path}: a rule is {{match: ..., bits: 4, 8 or 16, group_size: ...}}, not {str(entry)[:80]!r}")
+        raise BadInput(f"{path}: a rule is {{match: ..., bits: 4, 8 or 16, group_size: ...}}, not {short(entry)}")
     match = entry["match"]
     try:
         if not isinstance(match, str) or len(match) > MOST_PATTERN:
             raise re.error("not a text of at most 1,000 characters")
         re.compile(match)
     except re.error as error:
-        raise BadInput(f"{path}: match {str(match)[:80]!r} is no regular expression ({error})") from error
+        raise BadInput(f"{path}: match {short(match)} is no regular expression ({error})") from error
     return Rule(match, entry["bits"], entry.get("group_size"))

@@ -138,7 +138,7 @@ def test_what_is_wrong_is_one_sentence(
         ("- a list", "a recipe is a list of `name: value`"),
         ("bitts: 4", "'bitts' is not one of bits, group_size"),
         ("bits: four", "bits is 'four'"),
-        ("bits: true", "bits is 'True'"),
+        ("bits: true", "bits is True"),
         ("modules: {match: a}", "modules is a list"),
         ("modules: [{match: '(', bits: 8}]", "no regular expression"),
         ("modules: [{match: a, bits: 5}]", "bits of a rule is 5"),
