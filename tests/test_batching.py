@@ -35,7 +35,7 @@ class Roofline:
     read_s: float = 0.01
     row_s: float = 1e-4
     pair_s: float = 1e-8
-    context_s: float = 1e-6
+    context_s: float = 3e-5
     overhead_s: float = 0.001
 
     def step_s(self, prefill: int, pairs: int, seqs: int, context: int) -> float:
