@@ -1,0 +1,121 @@
+"""What devices reach of their rates under an engine: factors fitted on published runs (profiles/speed_factors.json).
+
+A factor is a sum of logarithms along a chain from the general to the particular: all runs, the backend (CUDA, ROCm,
+Vulkan, Metal, CPU), the engine on it, the format there, the device's architecture, the device. Each term is shrunk
+towards nothing as far as the runs behind it are few, so a device that nobody measured gets what its architecture, its
+engine or all of them share. `tests/bench/fit_speed.py` writes the file; nothing here is set by hand.
+"""
+
+from functools import lru_cache
+from math import exp
+
+from ..profiles.device import Device
+from ..profiles.formats import WeightFormat
+from ..profiles.frozen import dataclass
+from ..profiles.speed_data import fitted
+
+BACKENDS = {"nvidia": "cuda", "amd": "rocm", "intel": "vulkan", "apple": "metal", "cpu": "cpu"}
+# What stands in for an engine of which little was published: Ollama runs llama.cpp's backends, ik_llama.cpp is a fork
+# of it, SGLang launches captured graphs of fused kernels as vLLM does, KTransformers has ggml's formats on the host.
+RELATIVES = {"ollama": "llama.cpp", "ik_llama.cpp": "llama.cpp", "sglang": "vllm", "ktransformers": "llama.cpp"}
+# Host memory behind a discrete device, where nobody said: two channels of DDR5-5600 (profiles/cpu.yaml, desktop-ddr5).
+HOST_BYTES_PER_S = 89.6e9
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Shares of the device's rates, and times that no rate explains."""
+
+    read: float  # of the memory bandwidth, for weights and state
+    kv: float  # of the memory bandwidth, for the cache
+    dense: float  # of the peak, for matrices of a prompt
+    expert: float  # of the peak, for routed experts of a prompt
+    pair: float  # of the peak, for attention of a prompt
+    layer_s: float  # per layer and pass: launches, norms, whatever does not grow
+    link_s: float  # per all-reduce
+    wire: float  # of the link's bandwidth
+    acceptance: float  # of a draft token, given that those before it were taken
+    draft_s: float  # per draft step, beside reading its weights
+    host_bytes_per_s: float  # at which experts in host memory are read
+
+
+KINDS = ("read", "kv", "dense", "expert", "pair", "layer", "link", "wire", "acceptance", "draft", "host")
+
+
+def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
+    """From the sums of logarithms by kind (of the odds for `acceptance`, of seconds for `layer`, `link`, `draft`)."""
+    return Factors(
+        read=exp(logs["read"]),
+        kv=exp(logs["kv"]),
+        dense=exp(logs["dense"]),
+        expert=exp(logs["expert"]),
+        pair=exp(logs["pair"]),
+        layer_s=exp(logs["layer"]),
+        link_s=exp(logs["link"]),
+        wire=exp(logs["wire"]),
+        acceptance=1 / (1 + exp(-logs["acceptance"])),
+        draft_s=exp(logs["draft"]),
+        host_bytes_per_s=exp(logs["host"]) * (host_bytes_per_s or HOST_BYTES_PER_S),
+    )
+
+
+def backend_of(engine: str, device: Device) -> str:
+    """The programming interface that an engine uses on a device: the vendor's own."""
+    return BACKENDS.get(device.vendor, "vulkan")
+
+
+def link_of(devices: tuple[Device, ...]) -> str:
+    """How devices reach each other: `nvlink` (and AMD's fabric), or `pcie` through the host."""
+    named = [device.interconnect or "" for device in devices]
+    return "nvlink" if all(name.startswith(("nvlink", "infinity")) for name in named) else "pcie"
+
+
+def chain(engine: str, backend: str, device: Device, weights: WeightFormat, is_moe: bool, link: str) -> tuple[str, ...]:
+    """Keys from the general to the particular. `+` a kind of model, `~` a format, `|` an architecture or a device."""
+    relative = RELATIVES.get(engine, engine)
+    group = f"{relative}/{backend}"
+    keys = ["", "+moe" if is_moe else "+dense", f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
+    keys += [f"{group}{keys[1]}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
+    keys.append(f"{group}|{family_of(device)}")
+    if engine != relative:
+        keys.append(f"{engine}/{backend}")
+    return tuple(keys)
+
+
+def bits_of(weights: WeightFormat) -> str:
+    """Formats that one kind of kernel reads: bf16, fp8, fp4, 8-bit, 4-bit (with 5 and 6), below."""
+    name = weights.name
+    if weights.bits >= 16:
+        return "16"
+    if name.startswith(("fp8", "nvfp4", "mxfp4")):
+        return "fp8" if name.startswith("fp8") else "fp4"
+    return "8" if weights.bits >= 8 else "4" if weights.bits >= 4 else "low"
+
+
+def family_of(device: Device) -> str:
+    """The device without its memory size: sisters that differ in nothing else share a measurement."""
+    stem, dash, size = device.name.rpartition("-")
+    return stem if dash and size.endswith("gb") else device.name
+
+
+def known(engine: str, device: Device) -> str:
+    """How much of this the fit has seen: `place` (the engine on this device), `engine` (on another), `nothing`."""
+    group = f"{RELATIVES.get(engine, engine)}/{backend_of(engine, device)}"
+    seen = fitted()["seen"]
+    if f"{group}|{family_of(device)}" in seen:
+        return "place"
+    return "engine" if group in seen else "nothing"
+
+
+@lru_cache(maxsize=4096)
+def factors(
+    engine: str, device: Device, weights: WeightFormat, is_moe: bool, link: str, host_bytes_per_s: float | None = None
+) -> Factors:
+    """The fitted factors of an engine on a device."""
+    table = fitted()["logs"]
+    keys = chain(engine, backend_of(engine, device), device, weights, is_moe, link)
+    return factors_of({kind: total(table[kind], keys) for kind in KINDS}, host_bytes_per_s)
+
+
+def total(terms: dict[str, float], keys: tuple[str, ...]) -> float:
+    return sum([terms.get(key, 0.0) for key in keys])

@@ -1,0 +1,184 @@
+"""How fast a plan decodes and reads prompts: intervals, what bounds them, and the nearest case that somebody measured.
+
+The middle comes from `work.py` (bytes and FLOPs of the real tensors), `factors.py` (fitted shares of the device's
+rates) and `steps.py` (seconds of a pass). The interval is as wide as the model's errors were on publishers that it had
+not seen, in the same situation: an engine and a device that were measured, an engine on a new device, or neither; with
+draft tokens, with experts in host memory, with several sequences. 80 % of what was held out lay inside
+(docs/accuracy.md).
+"""
+
+from functools import lru_cache
+from math import exp, hypot
+from typing import TYPE_CHECKING
+
+from ..profiles.frozen import dataclass
+from ..profiles.speed_data import fitted
+from .factors import backend_of, factors, known, link_of
+from .measured import chunk_tokens
+from .nearest import Case, nearest_case
+from .steps import StepTime
+from .steps import step_time as combined
+from .work import work
+
+if TYPE_CHECKING:
+    from .engines.engine import Setup
+    from .plan import EnginePlan
+
+PROMPT_TOKENS = 2048  # of the prompt whose figures are told first: what benchmarks use, and a chat begins with
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """80 % of what was held out lay between `low` and `high`."""
+
+    low: float
+    mid: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"low": _rounded(self.low), "mid": _rounded(self.mid), "high": _rounded(self.high)}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """At one length of prompt: every sequence decodes behind it, and one prompt is read alone."""
+
+    context_tokens: int
+    decode_tokens_per_s: Interval  # of all sequences together
+    prefill_tokens_per_s: Interval
+    ttft_s: Interval
+    bound_by: str  # the largest constituent of a decode pass
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "decode_tokens_per_s": self.decode_tokens_per_s.to_json(),
+            "prefill_tokens_per_s": self.prefill_tokens_per_s.to_json(),
+            "ttft_s": self.ttft_s.to_json(),
+            "bound_by": self.bound_by,
+            "context_tokens": self.context_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The answer for one plan."""
+
+    start: Rates  # behind a prompt of PROMPT_TOKENS, or of the whole context where that is shorter
+    full: Rates  # with the context full
+    seqs: int
+    basis: str  # one sentence: what the interval rests on
+    nearest: Case | None
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            **self.start.to_json(),
+            "full_context": self.full.to_json(),
+            "seqs": self.seqs,
+            "basis": self.basis,
+            "nearest": self.nearest.to_json() if self.nearest else None,
+        }
+
+
+def step_time(plan: "EnginePlan") -> StepTime:
+    """Seconds of a pass of this plan's engine, the middle estimate; `interval_of` says how far it may be off."""
+    return _step_time(plan.engine, plan.setup, host_share(plan))
+
+
+def speed(plan: "EnginePlan") -> Speed:
+    """Rates of a plan, whether or not it fits: as if it had the memory."""
+    return Speed(
+        start=_rates(plan, min(PROMPT_TOKENS, plan.ctx_tokens)),
+        full=_rates(plan, plan.ctx_tokens),
+        seqs=plan.seqs,
+        basis=basis(plan),
+        nearest=nearest_case(plan.engine, plan.setup, host_share(plan) > 0),
+    )
+
+
+def decode_tokens_per_s(plan: "EnginePlan") -> float:
+    """The middle at the context and number of sequences that were asked for: what ranks plans."""
+    return step_time(plan).decode_tokens_per_s(plan.seqs, plan.ctx_tokens)
+
+
+def host_share(plan: "EnginePlan") -> float:
+    """The share of the routed experts in host memory."""
+    if not plan.allocation.offloads:
+        return 0.0
+    moved = plan.allocation.detail.get("n_cpu_moe")
+    return moved / plan.setup.model.num_layers if isinstance(moved, int) else 1.0
+
+
+@lru_cache(maxsize=1024)
+def _step_time(engine: str, setup: "Setup", moved_share: float) -> StepTime:
+    devices = setup.devices
+    found = factors(engine, devices[0], setup.weights, setup.model.is_moe, link_of(devices))
+    amount = work(
+        setup.model,
+        setup.weights,
+        devices,
+        setup.kv_dtype,
+        setup.state_dtype,
+        setup.tp,
+        setup.mtp,
+        moved_share,
+    )
+    return combined(amount, found)
+
+
+def _rates(plan: "EnginePlan", context_tokens: int) -> Rates:
+    step, chunk = step_time(plan), _chunk_tokens(plan)
+    decode = step.decode_tokens_per_s(plan.seqs, context_tokens)
+    ttft_s = step.prompt_s(context_tokens, chunk) + (step.dense_read_s if context_tokens < 1 else 0.0)
+    decode_width, prefill_width = widths(plan)
+    parts = step.constituents(0, 0, plan.seqs, plan.seqs * context_tokens)
+    return Rates(
+        context_tokens=context_tokens,
+        decode_tokens_per_s=_interval(decode, decode_width),
+        prefill_tokens_per_s=_interval(context_tokens / ttft_s, prefill_width),
+        ttft_s=_interval(ttft_s, prefill_width),
+        bound_by=max(parts, key=lambda name: parts[name]),
+    )
+
+
+def _chunk_tokens(plan: "EnginePlan") -> int:
+    options = plan.setup.options
+    asked = options.ubatch_tokens if plan.engine in ("llama.cpp", "ollama") else options.max_num_batched_tokens
+    return asked or chunk_tokens(plan.engine, backend_of(plan.engine, plan.setup.devices[0]))
+
+
+def widths(plan: "EnginePlan") -> tuple[float, float]:
+    """Half widths of the intervals of decode and prefill, as logarithms."""
+    table = fitted()["widths"]
+    how = known(plan.engine, plan.setup.devices[0])
+    decode = table["mtp" if plan.mtp else "decode"][how]
+    prefill = table["prefill"][how]
+    if plan.allocation.offloads:
+        decode, prefill = hypot(decode, table["offload"]), hypot(prefill, table["offload"])
+    if plan.seqs > 1:
+        decode = hypot(decode, table["batch"])
+    return decode, prefill
+
+
+def basis(plan: "EnginePlan") -> str:
+    """What the interval rests on, and what makes it wide."""
+    how, device = known(plan.engine, plan.setup.devices[0]), plan.setup.devices[0].name
+    words = {
+        "place": f"{plan.engine} was measured on {device}",
+        "engine": f"{plan.engine} was measured on other devices, not on {device}",
+        "nothing": f"no published run of {plan.engine} on this kind of device: the interval is wide",
+    }[how]
+    if plan.seqs > 1:
+        words += "; several sequences at once were hardly measured, which widens it"
+    if plan.allocation.offloads:
+        words += "; experts in host memory, whose bandwidth is taken to be that of two channels of DDR5"
+    if plan.mtp:
+        words += "; how many draft tokens are taken depends on the text (code 1.3 times as fast as prose)"
+    return words
+
+
+def _interval(mid: float, width: float) -> Interval:
+    return Interval(mid * exp(-width), mid, mid * exp(width))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
