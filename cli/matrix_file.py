@@ -32,11 +32,11 @@ from .options import parse_bytes
 ALL = "all"
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-def _read_with(parse: Callable[[str], int]) -> BeforeValidator:
+def read_with(parse: Callable[[str], int]) -> BeforeValidator:
     """Text in the option's own spelling; numbers as they are."""
 
     def read(value: object) -> object:
@@ -51,9 +51,9 @@ def _read_with(parse: Callable[[str], int]) -> BeforeValidator:
 
 
 Names = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=4096)]], BeforeValidator(_listed), Field(min_length=1)
+    list[Annotated[str, Field(min_length=1, max_length=4096)]], BeforeValidator(listed), Field(min_length=1)
 ]
-Tokens = Annotated[int, _read_with(parse_tokens), Field(ge=1, le=10_000_000)]
+Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=10_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -65,11 +65,11 @@ class Row(BaseModel):
 
     device: Names | None = None
     model: Names | None = None
-    ctx_tokens: Annotated[list[Tokens], BeforeValidator(_listed), Field(min_length=1)] | None = None
-    seqs: Annotated[list[Count], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    ctx_tokens: Annotated[list[Tokens], BeforeValidator(listed), Field(min_length=1)] | None = None
+    seqs: Annotated[list[Count], BeforeValidator(listed), Field(min_length=1)] | None = None
     must_fit: bool | None = None
     min_decode_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    max_memory_bytes: Annotated[int, _read_with(parse_bytes), Field(gt=0)] | None = None
+    max_memory_bytes: Annotated[int, read_with(parse_bytes), Field(gt=0)] | None = None
     engine: Word | None = None
     weights: Word | None = None
     kv_dtype: Word | None = None

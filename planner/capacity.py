@@ -1,12 +1,13 @@
 """How many replicas a workload needs, what its users then see, and what gives way first as it grows.
 
 A fleet deals requests to equal replicas in turn, so one replica stands for all of them: it is simulated with its share
-of the load, the first tenth of the requests (filling up) and the last tenth (emptying) left out of the figures. A mix
+of the load, the first fifth of the requests (filling up) and the last tenth (emptying) left out of the figures. A mix
 deals in proportion to what each kind of replica can carry.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from ..profiles.frozen import dataclass, replace
 from .arrivals import sampled
@@ -15,7 +16,10 @@ from .workload import Load, Workload
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 REQUESTS = 6000  # simulated per question: the 95th percentile is then known to a few percent
+MAX_REQUESTS = 12_000
+SETTLING = 4.0  # times the 99th percentile of the latency that the arrivals of a load must span
 MAX_REPLICAS = 1 << 20
+EXACTLY = 64  # up to so many replicas are told apart; beyond, to about one percent
 SEED = 20261122
 
 
@@ -52,19 +56,27 @@ class Measured:
         return self.tpot_s[2]
 
 
+@lru_cache(maxsize=4096)  # what-ifs, candidates and load points ask for the same things again
 def measure(
     step: Step, limits: Limits, workload: Workload, reuse_tokens: int, share: float = 1.0,
     requests: int = REQUESTS, seed: int = SEED,
 ) -> Measured:  # fmt: skip
-    """One replica under `share` of a workload."""
-    load = sampled(workload, requests, seed, reuse_tokens, share)
-    return summary(simulate(step, limits, load), limits, load)
+    """One replica under `share` of a workload. More requests are drawn where the load must last longer to settle: a few
+    times as long as the longest answers take."""
+    while True:
+        load = sampled(workload, requests, seed, reuse_tokens, share)
+        served = simulate(step, limits, load)
+        found = summary(served, limits, load)
+        settled = served.arrival_s[-1] >= SETTLING * found.latency_s[3]
+        if settled or found.grows or requests >= MAX_REQUESTS:
+            return found
+        requests = min(MAX_REQUESTS, requests * 2)
 
 
 def summary(served: Served, limits: Limits, load: Load) -> Measured:
-    """The figures of a simulated load, its first and last tenth left out."""
+    """The figures of a simulated load, its first fifth and last tenth left out."""
     count = len(served.arrival_s)
-    kept = [place for place in range(count // 10, count - count // 10) if served.finish_s[place] >= 0]
+    kept = [place for place in range(count // 5, count - count // 10) if served.finish_s[place] >= 0]
     kept = kept or [place for place in range(count) if served.finish_s[place] >= 0]
     arrival, first, finish, admitted = served.arrival_s, served.first_token_s, served.finish_s, served.admitted_s
     waits = [admitted[place] - arrival[place] for place in kept]
@@ -149,22 +161,29 @@ def smallest(step: Step, limits: Limits, workload: Workload, reuse_tokens: int, 
     if reasons:
         return Sizing(0, idle, tuple(f"even with a replica to itself: {reason}" for reason in reasons))
     most = workload.users or MAX_REPLICAS
-    high = 1
-    found = at(high)
-    while broken(found, workload) and high < most:
-        high = min(most, high * 2)
+    high = 1 if workload.rate_per_s is None else _guess(step, limits, workload, reuse_tokens)
+    high = min(most, high)
+    low, found = 0, at(high)  # `low` does not do
+    while broken(found, workload):
+        if high >= most:
+            reasons = broken(found, workload)
+            return Sizing(0, found, tuple(f"even with {high:,} replicas: {reason}" for reason in reasons))
+        low, high = high, min(most, high + max(1, high // 4 if high > 4 else high))
         found = at(high)
-    if broken(found, workload):
-        return Sizing(0, found, tuple(f"even with {high:,} replicas: {reason}" for reason in broken(found, workload)))
-    low = high // 2  # does not do, or is 0
-    while high - low > 1:
-        middle = (low + high) // 2
+    while high - low > max(1, high // 100 if high > EXACTLY else 1):
+        # The first guess is near: the bracket below it is opened step by step.
+        middle = max((low + high) // 2, high - max(1, high // 5)) if low == 0 else (low + high) // 2
         tried = at(middle)
         if broken(tried, workload):
             low = middle
         else:
             high, found = middle, tried
     return Sizing(high, found, ())
+
+
+def _guess(step: Step, limits: Limits, workload: Workload, reuse_tokens: int) -> int:
+    """Replicas that would just be full."""
+    return max(1, math.ceil((workload.rate_per_s or 0) / carries(step, limits, workload, reuse_tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +246,11 @@ def scaled(workload: Workload, factor: float) -> Workload:
 
 def carries(step: Step, limits: Limits, workload: Workload, reuse_tokens: int, requests: int = 2000) -> float:
     """Requests per second that one replica finishes when more than enough are waiting."""
-    flood = replace(workload, rate_per_s=None, users=4 * limits.max_num_seqs, think_s=0.0)
-    load = sampled(flood, requests, SEED, reuse_tokens)
-    served = simulate(step, limits, load)
-    return requests / served.end_s
+    flood = replace(workload, rate_per_s=None, users=2 * limits.max_num_seqs, think_s=0.0)
+    load = sampled(flood, max(requests, 8 * limits.max_num_seqs), SEED, reuse_tokens)
+    ends = sorted(finished for finished in simulate(step, limits, load).finish_s if finished >= 0)
+    early, late = ends[len(ends) // 5], ends[len(ends) * 4 // 5]  # neither filling up nor emptying
+    return len(ends) * 0.6 / max(late - early, 1e-9)
 
 
 def mixed_shares(rates: Sequence[float], counts: Sequence[int]) -> tuple[float, ...]:

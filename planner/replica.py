@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..profiles.errors import Unsupported
-from ..profiles.frozen import dataclass
+from ..profiles.frozen import dataclass, replace
 from .batching import Limits, Step
+from .candidates import engine_module
 from .plan import EnginePlan, Plan
 
 POOLED = ("vllm", "sglang")
@@ -53,12 +54,27 @@ def replica(devices: str, plan: EnginePlan, step: Step, mean_tokens: int, seats:
     `seats` fixes the number of sequences; otherwise it is the most that fit, up to the engine's usual one.
     """
     estimate, ctx_tokens = plan.estimate, plan.ctx_tokens
-    at_tokens = min(ctx_tokens, max(1, mean_tokens)) if plan.engine in POOLED else ctx_tokens
+
+    def at_tokens(number: int) -> int:
+        """What each of them must have room for. Together they share a pool that the longest request must fit too."""
+        return max(1, mean_tokens, -(-ctx_tokens // number)) if plan.engine in POOLED else ctx_tokens
+
     if seats is None:
-        seats = _most(lambda number: estimate.shortfall_bytes(at_tokens, number) <= 0, MAX_SEATS[plan.engine])
-    detail: Mapping[str, Any] = estimate.allocate(ctx_tokens, seats).detail
-    limits, reuse = _limits(plan.engine, detail, seats, ctx_tokens)
-    return Replica(devices, plan, step, limits, reuse, estimate.command(ctx_tokens, seats))
+        seats = _most(lambda number: estimate.shortfall_bytes(at_tokens(number), number) <= 0, MAX_SEATS[plan.engine])
+    detail: Mapping[str, Any] = estimate.allocate(at_tokens(seats), seats).detail
+    limits, reuse = _limits(plan.engine, detail, seats, at_tokens(seats))
+    return Replica(devices, plan, step, limits, reuse, _command(plan, detail, seats))
+
+
+def _command(plan: EnginePlan, detail: Mapping[str, Any], seats: int) -> str:
+    """The launch line for the longest request, with the share of memory and the batch that were found for the mean."""
+    if plan.engine not in POOLED:
+        return plan.estimate.command(plan.ctx_tokens, seats)
+    share = detail.get("gpu_memory_utilization") or detail.get("mem_fraction_static")
+    batch = detail.get("max_num_batched_tokens") or detail.get("chunked_prefill_size")
+    options = replace(plan.setup.options, gpu_memory_utilization=share, max_num_batched_tokens=batch)
+    module = engine_module(plan.engine)
+    return module.estimate(replace(plan.setup, options=options)).command(plan.ctx_tokens, seats)
 
 
 def _limits(engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int) -> tuple[Limits, int]:
