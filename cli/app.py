@@ -22,6 +22,7 @@ HELP = """Does it fit? The memory of a Qwen3.5 model as each engine allocates it
 """
 EPILOG = "Exit status: 0 it fits, 1 it does not fit, 2 no answer."
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+REPORTS = ("text", "html", "markdown", "json")
 CATALOG_FORMATS = tuple(form for form in FORMATS if form != "github")
 
 Wanted = Annotated[str, typer.Argument(metavar="[WORD]", help="only those with this in their name", show_default=False)]
@@ -52,6 +53,7 @@ def build(answer: Answer) -> typer.Typer:
     app.command("devices", help="List the devices that have a profile.")(_devices)
     app.command("models", help="List the models that have a profile.")(_models)
     app.command("matrix", help="Check a file of device x model x context against requirements, for CI.")(_matrix)
+    app.command("report", help="Write a capacity report: what a deployment serves, how fast, at what cost.")(_report)
     return app
 
 
@@ -101,6 +103,24 @@ def _matrix(
 
     chosen = _one_format(form, json, FORMATS, "a matrix")
     raise typer.Exit(matrix(file, chosen, against or None, tolerance, save or None, comment or None))
+
+
+def _report(
+    file: Annotated[str, typer.Argument(metavar="WORKLOAD.YAML", help="what is served, on what, what is promised")],
+    output: Annotated[
+        list[str] | None,
+        typer.Option("--output", metavar="FILE", help=".html, .md or .json, also several [default: WORKLOAD.html]"),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"of stdout: {', '.join(REPORTS)}")] = "text",
+    json: Json = False,
+) -> None:
+    from .report import capacity_report
+
+    if json and form not in ("text", "json"):
+        raise BadInput(f"--json and --format {form}: choose one")
+    if form not in REPORTS:
+        raise BadInput(f"--format {form}: a report has {', '.join(REPORTS)}")
+    raise typer.Exit(capacity_report(file, output or [], "json" if json else form))
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:

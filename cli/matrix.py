@@ -32,9 +32,9 @@ def matrix(path: str, form: str, against: str | None, tolerance: float, save: st
     worse = _failing(verdicts, changed)
     passes = not worse
     if save:
-        _save(save, matrix_page.document(where, verdicts, changed, passes))
+        save_file(save, matrix_page.document(where, verdicts, changed, passes))
     if comment:
-        _save(comment, matrix_page.markdown(where, verdicts, changed, passes))
+        save_file(comment, matrix_page.markdown(where, verdicts, changed, passes))
     if form == "json":
         text = matrix_page.document(where, verdicts, changed, passes)
     elif form == "markdown":
@@ -82,7 +82,7 @@ def _read_old(path: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _save(path: str, text: str) -> None:
+def save_file(path: str, text: str) -> None:
     """Whole or not at all: written beside it and renamed."""
     beside = f"{path}.part"
     try:

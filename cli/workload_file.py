@@ -1,5 +1,6 @@
 """The file of `qwen-plan report`: what is served, on what, and what is promised. docs/report.md explains every key."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -129,7 +130,7 @@ def read_workload(path: str) -> Question:
         _known(document, ("money", "device_price_usd", name), lambda name=name: devices_of(name))
     return Question(
         title=keys.title,
-        source=document.where,
+        source=os.path.basename(document.where),
         request=request,
         sites=sites,
         candidates=candidates,
