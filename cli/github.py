@@ -40,7 +40,8 @@ def place(message: str) -> tuple[str | None, int | None]:
 
 
 def _verdict(plan: Plan) -> str:
-    said = f"{phrases.verdict(plan)}: {phrases.question(plan)} ({phrases.setup(plan.best)})"
+    rate = phrases.between(plan.best.speed.start.decode_tokens_per_s)
+    said = f"{phrases.verdict(plan)}: {phrases.question(plan)} ({phrases.setup(plan.best)}, ~{rate} tokens/s)"
     if plan.fits:
         return annotation("warning" if plan.best.tight else "notice", said)
     changes = "; ".join(one.change for one in plan.advice if one.fits)
@@ -56,6 +57,8 @@ def _outputs(plan: Plan) -> dict[str, str]:
         "kv_dtype": best.kv_dtype,
         "max_ctx_tokens": str(best.limits.max_ctx_tokens),
         "max_seqs": str(best.limits.max_seqs),
+        "decode_tokens_per_s": f"{best.speed.start.decode_tokens_per_s.mid:.4g}",
+        "ttft_s": f"{best.speed.start.ttft_s.mid:.4g}",
         "command": best.command,
     }
 

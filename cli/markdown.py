@@ -22,12 +22,15 @@ def markdown(plan: Plan, notes: tuple[str, ...] = ()) -> str:
         lines += [*grid(("part", "memory", "how sure (GiB)"), rows, right=(1,)), ""]
     host = phrases.host(best)
     lines += [f"{host}.", ""] if host else []
-    lines += [phrases.limits(best), "", *_list(best.warnings)]
+    lines += [phrases.limits(best), ""]
+    lines += _section("Speed", list(phrases.speed(best)))
+    lines += _section("Energy and money", list(phrases.costs(best)))
+    lines += _section("Warnings", best.warnings)
     lines += _section("What to change", [_advice(one.change, one.fits, one.effect) for one in plan.advice])
     lines += ["Launch it with:" if plan.fits else "This would run out of memory:", "", *_fenced(best.command), ""]
     others = [phrases.runner_up(other) for other in plan.plans[1:] if other.fits]
     if others:
-        lines += ["**Also fits**", "", *grid(phrases.RUNNER_UP_TITLES, others, right=(3, 4, 5)), ""]
+        lines += ["**Also fits**", "", *grid(phrases.RUNNER_UP_TITLES, others, right=(3, 4, 5, 6)), ""]
     lines += _section("Ruled out", [f"{who}: {why}" for who, why in phrases.refusals(plan)])
     return "\n".join([*lines, f"<sub>{escaped(phrases.HOW_SURE)}</sub>", ""])
 

@@ -8,7 +8,7 @@ of place) goes to Typer, which says what is wrong. Both hand the same texts to `
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..planner.request import Options, Request
+from ..planner.request import Options, Prices, Request
 from ..planner.tokens import decimal_note, parse_tokens, shown
 from ..profiles.errors import BadInput
 
@@ -37,7 +37,7 @@ class Option(NamedTuple):
     metavar: str | None = None
     parse: Callable[[str], object] = str
     off: tuple[str, ...] = ()
-    group: str = "request"  # the fields of Request, of its Options, or what only the output needs
+    group: str = "request"  # the fields of Request, of its Options or Prices, or what only the output needs
     completes: str | None = None  # a list of names in completion.py
 
 
@@ -87,6 +87,16 @@ def parse_fraction(text: str) -> float:
     plain = digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS and bool(point) == bool(fraction)
     if not plain or not 0 < float(text) <= 1:
         raise BadInput(f"{shown(text)} is no share of the memory: give more than 0 and at most 1, such as 0.92")
+    return float(text)
+
+
+def parse_amount(text: str) -> float:
+    """A number of dollars, years or watts: more than nothing, at most a billion."""
+    whole, point, fraction = text.partition(".")
+    digits = whole + fraction
+    plain = digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS and bool(point) == bool(fraction)
+    if not plain or not 0 < float(text) <= 1e9:
+        raise BadInput(f"{shown(text)} is no amount: write a number above 0 with digits and a point, such as 0.18")
     return float(text)
 
 
@@ -233,6 +243,54 @@ OPTIONS = (
         group="options",
     ),
     Option(
+        "usd_per_kwh",
+        ("--usd-per-kwh",),
+        "what a kWh costs you [default: 0.18, households in the United States in 2026]",
+        "USD",
+        parse_amount,
+        group="prices",
+    ),
+    Option(
+        "device_usd",
+        ("--device-usd",),
+        "what the devices cost together [default: energy alone is counted]",
+        "USD",
+        parse_amount,
+        group="prices",
+    ),
+    Option(
+        "years",
+        ("--years",),
+        "years over which they are paid off, decoding without pause [default: 3]",
+        "YEARS",
+        parse_amount,
+        group="prices",
+    ),
+    Option(
+        "device_watts",
+        ("--device-watts",),
+        "what the devices draw together while they decode [default: from their board power]",
+        "WATTS",
+        parse_amount,
+        group="prices",
+    ),
+    Option(
+        "api_usd_per_million",
+        ("--api-usd-per-million",),
+        "what an API takes for a million output tokens [default: a published range]",
+        "USD",
+        parse_amount,
+        group="prices",
+    ),
+    Option(
+        "job_tokens",
+        ("--job-tokens",),
+        "output tokens of a job, such as 78m: hours, kWh and money that it takes",
+        "TOKENS",
+        parse_tokens,
+        group="prices",
+    ),
+    Option(
         "format",
         ("--format",),
         f"{', '.join(FORMATS)} [default: table]",
@@ -271,7 +329,7 @@ def read(arguments: Sequence[str]) -> Values | None:
 
 def asked(values: Values) -> Asked:
     """The request behind these values. Raises BadInput, naming the option."""
-    groups: dict[str, dict[str, Any]] = {"request": {}, "options": {}, "output": {}}
+    groups: dict[str, dict[str, Any]] = {"request": {}, "options": {}, "prices": {}, "output": {}}
     notes: list[str] = []
     for option in OPTIONS:
         if option.name not in values:
@@ -285,7 +343,7 @@ def asked(values: Values) -> Asked:
         else:
             groups[option.group][option.name] = value
     groups["request"].setdefault("devices", ("auto",))
-    request = Request(**groups["request"], options=Options(**groups["options"]))
+    request = Request(**groups["request"], options=Options(**groups["options"]), prices=Prices(**groups["prices"]))
     return Asked(request, _format(groups["output"]), tuple(notes))
 
 

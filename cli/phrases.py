@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..planner.engines.engine import DeviceShare
 from ..planner.memory import Amount, Memory
 from ..planner.plan import MAX_SEQS, EnginePlan, Plan
+from ..planner.speed import Interval
 
 GIB = 1 << 30
 TITLES = {
@@ -111,18 +112,97 @@ def limits(plan: EnginePlan) -> str:
     return f"{first}; up to {counted(most, 'sequence')}{more} at {at_ctx}."
 
 
+def speed(plan: EnginePlan) -> Iterator[str]:
+    """How fast, what bounds it, what that rests on, and what it costs: one sentence each."""
+    start, full = plan.speed.start, plan.speed.full
+    total = " of all sequences together" if plan.seqs > 1 else ""
+    yield (
+        f"Decodes ~{between(start.decode_tokens_per_s)} tokens/s{total} behind {start.context_tokens:,} tokens"
+        + (f", ~{between(full.decode_tokens_per_s)} at {full.context_tokens:,}" if full != start else "")
+        + f"; bound by {start.bound_by}"
+        + (f", then {full.bound_by}" if full.bound_by != start.bound_by else "")
+    )
+    first = f"first token of a prompt of {start.context_tokens:,} after ~{seconds(start.ttft_s.mid)}"
+    yield (
+        f"Reads prompts at ~{between(start.prefill_tokens_per_s)} tokens/s: {first}"
+        + (f", of {full.context_tokens:,} after ~{seconds(full.ttft_s.mid)}" if full != start else "")
+    )
+    yield f"How sure: {plan.speed.basis}; 80 % of runs held out lay between the figures in brackets"
+    case = plan.speed.nearest
+    if case:
+        with_drafts = f", {counted(case.mtp, 'draft token')}" if case.mtp else ""
+        yield (
+            f"Nearest measured: {case.decode_tokens_per_s:g} tokens/s, {case.model} {case.weights} on {case.device} with "
+            f"{case.engine}{with_drafts}, {case.depth_tokens:,} tokens deep ({case.source})"
+        )
+
+
+def costs(plan: EnginePlan) -> Iterator[str]:
+    """Energy and money, beside an API."""
+    found = plan.energy
+    if found is None:
+        yield "Energy: nobody says what these devices draw; --device-watts does"
+        return
+    low, high = found.api_usd_per_million_tokens
+    api = usd(low) if low == high else f"{low:.2f} to {high:.2f} USD"
+    yield (
+        f"Draws ~{figure(found.watts.mid)} W, ~{figure(found.joules_per_token.mid)} J per token: "
+        f"{usd(found.usd_per_million_tokens.mid)} per million tokens, {api} at an API"
+    )
+    if found.break_even_tokens and found.break_even_days:
+        days = f"{found.break_even_days:,.0f} days" if found.break_even_days < 3650 else "more than ten years"
+        yield f"Paid for after {found.break_even_tokens / 1e6:,.0f} million tokens: {days} of decoding without pause"
+    elif found.device_usd_per_million_tokens is not None:
+        yield "Never paid for: the energy alone costs as much as the API"
+    if found.job:
+        job = found.job
+        yield (
+            f"A job of {job.tokens:,} tokens: ~{between(job.hours)} hours, "
+            f"~{figure(job.kwh.mid)} kWh, {usd(job.usd.mid)}; at the API {api_job(found.api_usd_per_million_tokens, job.tokens)}"
+        )
+    yield f"Assumed: {'; '.join(found.assumptions)}" if found.assumptions else "Nothing was assumed about prices"
+
+
+def api_job(api_usd_per_million: tuple[float, float], tokens: int) -> str:
+    low, high = (price * tokens / 1e6 for price in api_usd_per_million)
+    return usd(low) if low == high else f"{low:,.2f} to {high:,.2f} USD"
+
+
+def between(interval: Interval) -> str:
+    return f"{figure(interval.mid)} ({figure(interval.low)} to {figure(interval.high)})"
+
+
+def figure(value: float) -> str:
+    """Two or three digits that mean something: 0.71, 7.4, 35, 2,880."""
+    if value >= 100:
+        step = 10 ** (len(str(int(value))) - 3)
+        return f"{round(value / step) * step:,}"
+    return f"{value:.0f}" if value >= 20 else f"{value:.2g}"
+
+
+def seconds(value: float) -> str:
+    if value < 120:
+        return f"{figure(value)} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def usd(value: float) -> str:
+    return f"{value:,.2f} USD" if value >= 0.1 else f"{value:.2g} USD"
+
+
 def runner_up(plan: EnginePlan) -> tuple[str, ...]:
     return (
         f"{plan.engine} {plan.engine_version}",
         plan.weights,
         plan.kv_dtype,
+        f"~{figure(plan.speed.start.decode_tokens_per_s.mid)}",
         f"{gib(-plan.shortfall_bytes)}{' (tight)' if plan.tight else ''}",
         f"{plan.limits.max_ctx_tokens:,}",
         f"{plan.limits.max_seqs:,}",
     )
 
 
-RUNNER_UP_TITLES = ("engine", "weights", "KV cache", "to spare", "max tokens", "max sequences")
+RUNNER_UP_TITLES = ("engine", "weights", "KV cache", "tokens/s", "to spare", "max tokens", "max sequences")
 
 
 def refusals(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -57,6 +57,8 @@ def table(plan: Plan, screen: Screen, notes: tuple[str, ...] = ()) -> str:
         _head(plan, screen, notes, paint),
         _memory(plan, screen, paint),
         wrapped(phrases.limits(plan.best), screen.width, rest="  "),
+        _list("Speed", [("", line) for line in phrases.speed(plan.best)], screen, paint),
+        _list("Energy and money", [("", line) for line in phrases.costs(plan.best)], screen, paint),
         _list("Warnings", [("", warning) for warning in plan.best.warnings], screen, paint),
         *((launch, advice) if plan.fits else (advice, launch)),
         _runners_up(plan, screen, paint),
@@ -128,7 +130,7 @@ def _runners_up(plan: Plan, screen: Screen, paint: Paint) -> list[str]:
     if not others:
         return []
     rows = [phrases.RUNNER_UP_TITLES, *others]
-    while max(map(len, lines := columns(rows, right=(3, 4, 5), indent="  "))) > screen.width and len(rows[0]) > 2:
+    while max(map(len, lines := columns(rows, right=(3, 4, 5, 6), indent="  "))) > screen.width and len(rows[0]) > 2:
         rows = [row[:-1] for row in rows]
     return [paint("heading", "Also fits"), *lines]
 

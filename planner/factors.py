@@ -18,6 +18,10 @@ BACKENDS = {"nvidia": "cuda", "amd": "rocm", "intel": "vulkan", "apple": "metal"
 # What stands in for an engine of which little was published: Ollama runs llama.cpp's backends, ik_llama.cpp is a fork
 # of it, SGLang launches captured graphs of fused kernels as vLLM does, KTransformers has ggml's formats on the host.
 RELATIVES = {"ollama": "llama.cpp", "ik_llama.cpp": "llama.cpp", "sglang": "vllm", "ktransformers": "llama.cpp"}
+# Tokens of a prompt per pass: llama.cpp -ub 512, vLLM's max_num_batched_tokens 2048 (a server's default for one user),
+# mlx-lm --prefill-step-size 2048, the native runtime's own (planner/engines/native.py).
+CHUNK_TOKENS = {"llama.cpp": 512, "ollama": 512, "ik_llama.cpp": 512, "native/cpu": 512}
+DEFAULT_CHUNK_TOKENS = 2048
 # Host memory behind a discrete device, where nobody said: two channels of DDR5-5600 (profiles/cpu.yaml, desktop-ddr5).
 HOST_BYTES_PER_S = 89.6e9
 
@@ -34,12 +38,28 @@ class Factors:
     layer_s: float  # per layer and pass: launches, norms, whatever does not grow
     link_s: float  # per all-reduce
     wire: float  # of the link's bandwidth
-    acceptance: float  # of a draft token, given that those before it were taken
+    acceptance: float  # of the first draft token
+    decay: float  # of a draft token's acceptance against the one before it, given that that was taken
+    unpack: float  # of the float32 rate, for turning one weight into a product while decoding
     draft_s: float  # per draft step, beside reading its weights
     host_bytes_per_s: float  # at which experts in host memory are read
 
 
-KINDS = ("read", "kv", "dense", "expert", "pair", "layer", "link", "wire", "acceptance", "draft", "host")
+KINDS = (
+    "read",
+    "kv",
+    "dense",
+    "expert",
+    "pair",
+    "layer",
+    "link",
+    "wire",
+    "acceptance",
+    "decay",
+    "draft",
+    "host",
+    "unpack",
+)
 
 
 def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
@@ -54,6 +74,8 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
         link_s=exp(logs["link"]),
         wire=exp(logs["wire"]),
         acceptance=1 / (1 + exp(-logs["acceptance"])),
+        decay=1 / (1 + exp(-logs["decay"])),
+        unpack=exp(logs["unpack"]),
         draft_s=exp(logs["draft"]),
         host_bytes_per_s=exp(logs["host"]) * (host_bytes_per_s or HOST_BYTES_PER_S),
     )
@@ -62,6 +84,11 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
 def backend_of(engine: str, device: Device) -> str:
     """The programming interface that an engine uses on a device: the vendor's own."""
     return BACKENDS.get(device.vendor, "vulkan")
+
+
+def chunk_tokens(engine: str, backend: str) -> int:
+    """Tokens of a prompt that one pass takes by default."""
+    return CHUNK_TOKENS.get(f"{engine}/{backend}") or CHUNK_TOKENS.get(engine, DEFAULT_CHUNK_TOKENS)
 
 
 def link_of(devices: tuple[Device, ...]) -> str:

@@ -10,14 +10,9 @@ from ..profiles.formats import WeightFormat, weight_format
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
 from ..profiles.model_catalog import model
-from .factors import Factors, backend_of, chain, family_of
+from .factors import Factors, backend_of, chain, chunk_tokens, family_of
 from .steps import StepTime, step_time
 from .work import Work, work
-
-# Tokens of a prompt per pass: llama.cpp -ub 512, vLLM's max_num_batched_tokens 2048 (a server's default for one user),
-# mlx-lm --prefill-step-size 2048, the native runtime's chunks (kernels/run.py).
-CHUNK_TOKENS = {"llama.cpp": 512, "ollama": 512, "ik_llama.cpp": 512, "native": 2048, "native/cpu": 512}
-DEFAULT_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +110,8 @@ class Run:
 
     def prefill(self, factors: Factors) -> float:
         tokens = self.row["prompt_tokens"]
-        chunk = chunk_tokens(self.engine, self.backend)
+        chunk = self.row.get("chunk_tokens") or chunk_tokens(self.engine, self.backend)
         return tokens / self.step_time(factors).prompt_s(tokens, chunk, self.row.get("prompt_depth_tokens", 0))
-
-
-def chunk_tokens(engine: str, backend: str) -> int:
-    return CHUNK_TOKENS.get(f"{engine}/{backend}") or CHUNK_TOKENS.get(engine, DEFAULT_CHUNK_TOKENS)
 
 
 def _machine(values: Mapping[str, Any], source: str) -> Device:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..profiles.device import Device
 from ..profiles.frozen import dataclass
@@ -9,7 +10,11 @@ from ..profiles.model import Model
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
 from .memory import Amount, Memory
 from .quality import divergence
-from .request import Request
+from .request import Prices, Request
+
+if TYPE_CHECKING:
+    from .energy import Energy
+    from .speed import Speed
 
 MAX_CTX_TOKENS = 1_010_000  # Qwen's own recipe: YaRN factor 4 over 262,144 native tokens
 MAX_SEQS = 4096
@@ -52,6 +57,7 @@ class EnginePlan:
     seqs: int
     notes: tuple[str, ...] = ()  # warnings that no engine needs to know about: rope scaling and the like
     assumed_host_bytes: int | None = None  # host memory that was taken for granted
+    prices: Prices = Prices()
 
     @property
     def engine_version(self) -> str:
@@ -142,6 +148,20 @@ class EnginePlan:
         return divergence(self.setup.weights.divergence, self.setup.kv_dtype, self.setup.state_dtype)
 
     @cached_property
+    def speed(self) -> "Speed":
+        """As if the plan had the memory, whether or not it fits. Worked out only where somebody asks."""
+        from .speed import speed
+
+        return speed(self)
+
+    @cached_property
+    def energy(self) -> "Energy | None":
+        """None where nobody says what the devices draw."""
+        from .energy import energy
+
+        return energy(self, self.speed, self.prices)
+
+    @cached_property
     def limits(self) -> Limits:
         ceiling = max(MAX_CTX_TOKENS, self.ctx_tokens)
         return Limits(
@@ -171,8 +191,8 @@ class EnginePlan:
             "devices": [_share_json(share) for share in self.devices],
             "host": {"memory": _memory_json(self.host), "interval": _interval_json(self.host)},
             "limits": {"max_ctx_tokens": self.limits.max_ctx_tokens, "max_seqs": self.limits.max_seqs},
-            "speed": None,
-            "energy": None,
+            "speed": self.speed.to_json(),
+            "energy": self.energy.to_json() if self.energy else None,
             "quality": {"divergence": self.divergence, "basis": "estimated"},
             "detail": self.detail,
             "command": self.command,
@@ -284,4 +304,5 @@ def _request_json(plan: Plan) -> dict[str, object]:
         "tp": request.tp,
         "pp": request.pp,
         "options": {name: getattr(options, name) for name in options.__slots__},
+        "prices": {name: getattr(request.prices, name) for name in request.prices.__slots__},
     }

@@ -18,6 +18,18 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """What energy, devices and an API cost the asker. None: as profiles/prices.json has it published, or unknown."""
+
+    usd_per_kwh: float | None = None
+    device_usd: float | None = None  # of all devices together; None: energy alone is counted
+    years: float | None = None  # over which the devices are paid off, working all the time
+    api_usd_per_million: float | None = None  # output tokens
+    job_tokens: int | None = None  # output tokens of a job
+    device_watts: float | None = None  # of all devices together while they decode; None: from their board power
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One question to the planner. Names are the command's; `docs` and CONTRACT give their spelling."""
 
@@ -34,3 +46,4 @@ class Request:
     tp: int | None = None
     pp: int | None = None
     options: Options = field(default_factory=Options)
+    prices: Prices = field(default_factory=Prices)

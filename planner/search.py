@@ -1,14 +1,14 @@
 """Every engine's best plan for a request, and how they are ranked.
 
 Rank: what surely fits, then what fits at the expected figure, then what does not, nearest first. Among those that fit,
-quality first (expected divergence from bf16), then engines that serve, then headroom. Two things cost so much speed
-that they count already: experts in host memory only come before what is coarser than four bits, and devices that wait
-for each other (layers split over them) come after ones that work together at about the same quality. Speed itself takes
-its place between quality and headroom once there is a model of it.
+quality first (expected divergence from bf16, to a hundredth), then engines that serve, then how fast they decode at
+the context and the number of sequences asked for (in steps of a fifth, for speed is no better known), then the rest of
+the quality, then headroom. Experts in host memory only come before what is coarser than four bits, however fast.
 """
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from math import log
 from types import ModuleType
 
 from ..profiles.box import devices_of
@@ -24,12 +24,15 @@ from .engines.versions import release
 from .plan import MAX_CTX_TOKENS, Advisor, EnginePlan, Plan, Skipped
 from .quality import STATE_DIVERGENCE
 from .request import Options, Request
+from .speed import decode_tokens_per_s
 
 # Free host memory where nobody said how much there is: what a desktop of 32 GiB has left, or one and a half times the
 # devices' own where those are large.
 ASSUMED_HOST_BYTES = 24 << 30
 
 FOUR_BIT_DIVERGENCE = 0.03  # the best four-bit recipes lie well below it, the best three-bit ones above
+
+SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
@@ -127,7 +130,9 @@ def _best_of(
             way,
         )
         made = (
-            EnginePlan(module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed)
+            EnginePlan(
+                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed, request.prices
+            )
             for setup, estimate in offered
         )
         found += _worth_ranking(made)
@@ -206,16 +211,15 @@ def _rank(candidate: EnginePlan) -> tuple[float, ...]:
         return (2, candidate.shortfall_bytes)
     coarse = candidate.divergence > FOUR_BIT_DIVERGENCE
     place = 2 * coarse + candidate.allocation.offloads
-    engine = engine_module(candidate.engine).ENGINE
-    waits = candidate.pp > 1 and engine.parallelism == "layers"
+    serves = engine_module(candidate.engine).ENGINE.serves
     class_of_quality, exact_quality = round(candidate.divergence, 2), round(candidate.divergence, 4)
     return (
         candidate.tight,
         place,
         class_of_quality,
-        waits,
+        not serves,
+        -round(log(decode_tokens_per_s(candidate)) / SPEED_STEP),
         exact_quality,
-        not engine.serves,
         candidate.shortfall_bytes,
     )
 

@@ -8,13 +8,12 @@ draft tokens, with experts in host memory, with several sequences. 80 % of what 
 """
 
 from functools import lru_cache
-from math import exp, hypot
+from math import exp
 from typing import TYPE_CHECKING
 
 from ..profiles.frozen import dataclass
 from ..profiles.speed_data import fitted
-from .factors import backend_of, factors, known, link_of
-from .measured import chunk_tokens
+from .factors import RELATIVES, backend_of, chunk_tokens, factors, known, link_of
 from .nearest import Case, nearest_case
 from .steps import StepTime
 from .steps import step_time as combined
@@ -36,7 +35,7 @@ class Interval:
     high: float
 
     def to_json(self) -> dict[str, float]:
-        return {"low": _rounded(self.low), "mid": _rounded(self.mid), "high": _rounded(self.high)}
+        return {"low": rounded(self.low), "mid": rounded(self.mid), "high": rounded(self.high)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def _step_time(engine: str, setup: "Setup", moved_share: float) -> StepTime:
 def _rates(plan: "EnginePlan", context_tokens: int) -> Rates:
     step, chunk = step_time(plan), _chunk_tokens(plan)
     decode = step.decode_tokens_per_s(plan.seqs, context_tokens)
-    ttft_s = step.prompt_s(context_tokens, chunk) + (step.dense_read_s if context_tokens < 1 else 0.0)
+    ttft_s = step.prompt_s(context_tokens, chunk)
     decode_width, prefill_width = widths(plan)
     parts = step.constituents(0, 0, plan.seqs, plan.seqs * context_tokens)
     return Rates(
@@ -150,22 +149,23 @@ def widths(plan: "EnginePlan") -> tuple[float, float]:
     """Half widths of the intervals of decode and prefill, as logarithms."""
     table = fitted()["widths"]
     how = known(plan.engine, plan.setup.devices[0])
-    decode = table["mtp" if plan.mtp else "decode"][how]
-    prefill = table["prefill"][how]
+    decode, prefill = table["mtp" if plan.mtp else "decode"][how], table["prefill"][how]
     if plan.allocation.offloads:
-        decode, prefill = hypot(decode, table["offload"]), hypot(prefill, table["offload"])
+        decode, prefill = max(decode, table["offload"]), max(prefill, table["offload"])
     if plan.seqs > 1:
-        decode = hypot(decode, table["batch"])
+        decode = max(decode, table["batch"])
     return decode, prefill
 
 
 def basis(plan: "EnginePlan") -> str:
     """What the interval rests on, and what makes it wide."""
     how, device = known(plan.engine, plan.setup.devices[0]), plan.setup.devices[0].name
+    relative = RELATIVES.get(plan.engine)
+    who = f"{relative}, whose figures {plan.engine} takes," if relative else plan.engine
     words = {
-        "place": f"{plan.engine} was measured on {device}",
-        "engine": f"{plan.engine} was measured on other devices, not on {device}",
-        "nothing": f"no published run of {plan.engine} on this kind of device: the interval is wide",
+        "place": f"{who} was measured on {device}",
+        "engine": f"{who} was measured on other devices, not on {device}",
+        "nothing": f"no published run of {plan.engine} on this kind of device, which makes the interval wide",
     }[how]
     if plan.seqs > 1:
         words += "; several sequences at once were hardly measured, which widens it"
@@ -180,5 +180,6 @@ def _interval(mid: float, width: float) -> Interval:
     return Interval(mid * exp(-width), mid, mid * exp(width))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """To four digits: more would claim too much."""
     return float(f"{value:.4g}")

@@ -1,10 +1,12 @@
 """Seconds of one forward pass of an engine over a batch: the seam between the speed model and the simulation.
 
-    seconds = max(weights read, rows multiplied) + attention + cache and state read + overheads
+    seconds = weights read + rows multiplied + attention + cache and state read + overheads
 
 Weights are read once per pass whatever the batch, so a pass is bound by memory while it has few rows and by arithmetic
-from some number of rows on. Routed experts are read as far as some row needs them: of E experts, k per row, a pass over
-n rows reads E x (1 - (1 - k/E)^n), as many distinct ones as independent rows are expected to need.
+from some number of rows on. The two are added and not the larger of both taken: prompts that were held out were met
+better so, for what is quantized is unpacked before it is multiplied. Routed experts are read as far as some row needs
+them: of E experts, k per row, a pass over n rows reads E x (1 - (1 - k/E)^n), as many distinct ones as independent rows
+are expected to need.
 """
 
 from ..profiles.frozen import dataclass, replace
@@ -43,11 +45,11 @@ class StepTime:
         """
         rows = prefill_tokens + decode_seqs * self.rows_per_seq
         distinct = 1.0 - (1.0 - self.expert_share) ** rows
-        read_s = self.dense_read_s + distinct * self.expert_read_s
-        compute_s = rows * self.row_s + decode_seqs * self.rows_per_seq * self.head_row_s
         return (
-            (read_s if read_s > compute_s else compute_s)
-            + distinct * self.host_read_s
+            self.dense_read_s
+            + distinct * (self.expert_read_s + self.host_read_s)
+            + rows * self.row_s
+            + decode_seqs * self.rows_per_seq * self.head_row_s
             + prefill_pairs * self.pair_s
             + decode_context_tokens * self.context_s
             + decode_seqs * self.seq_s
@@ -63,13 +65,10 @@ class StepTime:
         """The summands of `step_s` by name, `CONSTITUENTS`."""
         rows = prefill_tokens + decode_seqs * self.rows_per_seq
         distinct = 1.0 - (1.0 - self.expert_share) ** rows
-        read_s = self.dense_read_s + distinct * self.expert_read_s
-        compute_s = rows * self.row_s + decode_seqs * self.rows_per_seq * self.head_row_s
-        is_read = read_s > compute_s
         return {
-            "weight reads": read_s if is_read else 0.0,
+            "weight reads": self.dense_read_s + distinct * self.expert_read_s,
             "host memory": distinct * self.host_read_s,
-            "compute": 0.0 if is_read else compute_s,
+            "compute": rows * self.row_s + decode_seqs * self.rows_per_seq * self.head_row_s,
             "attention": prefill_pairs * self.pair_s,
             "kv reads": decode_context_tokens * self.context_s,
             "state": decode_seqs * self.seq_s,
@@ -110,6 +109,21 @@ _SECONDS = (
 )
 
 
+def _advance(drafts: int, acceptance: float, decay: float) -> float:
+    """Tokens per pass: the one that the pass yields, and each draft token with the odds that it and all before it are
+    taken, which fall from one to the next."""
+    tokens, taken = 1.0, 1.0
+    for place in range(drafts):
+        taken *= acceptance * decay**place
+        tokens += taken
+    return tokens
+
+
+def _together(read_s: float, unpack_s: float) -> float:
+    """Reading weights and turning them into products overlap, and neither quite hides the other: their 4-norm."""
+    return (read_s**4 + unpack_s**4) ** 0.25
+
+
 def step_time(work: Work, factors: Factors) -> StepTime:
     """Work over what the devices reach of their rates."""
     read = work.bandwidth_bytes_per_s * factors.read
@@ -117,10 +131,13 @@ def step_time(work: Work, factors: Factors) -> StepTime:
     overhead_s = work.layers * factors.layer_s
     drafts = work.draft_tokens
     draft_s = drafts * (work.draft_bytes / read + factors.draft_s) if drafts else 0.0
-    accepted = factors.acceptance
+    vector = work.vector_flops_per_s * factors.unpack
+    dense_s = (work.dense_bytes + work.head_bytes) / read, (work.dense_flops_per_row + work.head_flops_per_row) / vector
+    on_device = work.expert_bytes / ((work.expert_bytes + work.host_expert_bytes) or 1.0)
+    expert_flops = work.expert_flops_per_row / (work.expert_share or 1.0) * on_device
     return StepTime(
-        dense_read_s=(work.dense_bytes + work.head_bytes) / read,
-        expert_read_s=work.expert_bytes / read,
+        dense_read_s=_together(*dense_s),
+        expert_read_s=_together(work.expert_bytes / read, expert_flops / vector),
         host_read_s=work.host_expert_bytes / factors.host_bytes_per_s,
         expert_share=work.expert_share,
         row_s=(work.dense_flops_per_row / factors.dense + work.expert_flops_per_row / factors.expert) / peak,
@@ -133,5 +150,5 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         link_row_s=work.link_bytes_per_row / (work.link_bytes_per_s * factors.wire) if work.all_reduces else 0.0,
         draft_s=draft_s,
         rows_per_seq=1 + drafts,
-        tokens_per_seq=(1 - accepted ** (drafts + 1)) / (1 - accepted) if drafts else 1.0,
+        tokens_per_seq=_advance(drafts, factors.acceptance, factors.decay),
     )

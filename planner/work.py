@@ -66,6 +66,7 @@ class Work:
     draft_bytes: float  # read per draft step: the prediction layer (of its experts the routed ones) and lm_head
     bandwidth_bytes_per_s: float  # of one rank; over stages their harmonic mean
     peak_flops_per_s: float
+    vector_flops_per_s: float  # float32 outside matrix units
     link_bytes_per_s: float  # between devices, one direction; 0: one device
 
 
@@ -91,7 +92,7 @@ def work(
     head_bytes = table.lm_head or table.embedding
     expert_bytes = scale * sum(table.experts)
     share = model.num_experts_per_tok / model.num_experts if model.is_moe else 0.0
-    bandwidth, peak = _pooled(devices, tp)
+    bandwidth, peak, vector = _pooled(devices, tp)
     kv_heads = max(1, model.num_key_value_heads // tp)
     element_bits = sum(KV_BITS.get(side, 16.0) for side in kv_dtype.split("/")) / len(kv_dtype.split("/"))
     state = STATE_BYTES[state_dtype] * model.state_elements
@@ -116,6 +117,7 @@ def work(
         draft_bytes=_draft_bytes(table, share, head_bytes) if mtp else 0.0,
         bandwidth_bytes_per_s=bandwidth,
         peak_flops_per_s=peak,
+        vector_flops_per_s=vector,
         link_bytes_per_s=min(_link(device) for device in devices) if tp > 1 else 0.0,
     )
 
@@ -154,19 +156,20 @@ def _draft_bytes(table: WeightTable, share: float, head_bytes: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _pooled(devices: tuple[Device, ...], tp: int) -> tuple[float, float]:
-    """Bandwidth and peak of what works at a time: the slowest rank of each stage, stages in turn.
+def _pooled(devices: tuple[Device, ...], tp: int) -> tuple[float, float, float]:
+    """Bandwidth and peaks of what works at a time: the slowest rank of each stage, stages in turn.
 
     A stage takes layers as its memory allows (llama.cpp `llama-model.cpp`, splits by free memory): it counts by that.
     """
     stages = [devices[start : start + tp] for start in range(0, len(devices), tp)]
     sizes = [min(device.usable_bytes for device in stage) for stage in stages]
-    read_s = compute_s = 0.0
+    read_s = compute_s = vector_s = 0.0
     for stage, size in zip(stages, sizes, strict=True):
         part = size / sum(sizes)
         read_s += part / min(device.memory_bandwidth_bytes_per_s for device in stage)
         compute_s += part / min(peak_flops_per_s(device) for device in stage)
-    return 1 / read_s, 1 / compute_s
+        vector_s += part / min(device.flops_per_s.get("fp32") or peak_flops_per_s(device) for device in stage)
+    return 1 / read_s, 1 / compute_s, 1 / vector_s
 
 
 def peak_flops_per_s(device: Device) -> float:

@@ -1,4 +1,4 @@
-"""Published speeds (speed_runs.json) and the factors fitted on them (speed_factors.json), read when first asked for."""
+"""Published speeds, the factors fitted on them, and published prices: JSON files, each read when first asked for."""
 
 import os
 from functools import lru_cache
@@ -7,6 +7,7 @@ from typing import Any
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 RUNS = os.path.join(FOLDER, "speed_runs.json")
+PRICES = os.path.join(FOLDER, "prices.json")
 FACTORS = os.path.join(FOLDER, "speed_factors.json")
 
 
@@ -26,6 +27,12 @@ def left_out() -> tuple[dict[str, Any], ...]:
 def fitted() -> dict[str, Any]:
     """What `python tests/bench/fit_speed.py` wrote: `logs` by kind and key, `widths`, the digest of the runs."""
     return _read(FACTORS)
+
+
+@lru_cache
+def prices() -> dict[str, Any]:
+    """Published prices and draws of power, each with its source: what is taken where the asker gives none."""
+    return _read(PRICES)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def test_experts_are_read_as_far_as_rows_need_them():
 
 def test_a_batch_grows_from_memory_to_arithmetic():
     few, many = STEP.constituents(1, 0, 0, 0), STEP.constituents(4096, 0, 0, 0)
-    assert few["weight reads"] and not few["compute"]
-    assert many["compute"] and not many["weight reads"]
+    assert few["weight reads"] > 10 * few["compute"]
+    assert many["compute"] > 5 * many["weight reads"]
 
 
 def test_a_prompt_attends_to_all_before_it():
