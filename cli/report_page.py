@@ -214,21 +214,13 @@ def _candidates(found: Report) -> Section:
 
 def _cost(found: Report) -> Section:
     owed, question = found.bill, found.question
-    rows = list(_bill_rows(owed, question.years))
+    rows = list(_bill_rows(owed, question.tariff.term_years))
     says = []
-    if owed.usd_per_month is None:
-        missing = [
-            what
-            for what, known in (
-                ("money.kwh_price_usd", question.kwh_price_usd is not None),
-                ("money.device_price_usd", owed.devices_usd is not None),
-            )
-            if not known
-        ]
-        says.append(f"No monthly cost: {' and '.join(missing)} not given." if missing else "The power is not known.")
+    if owed.devices_usd is None:
+        says.append("No monthly cost: money.device_price_usd does not say what these devices cost.")
     if owed.break_even_months is not None:
         says.append(f"The devices have paid for themselves after {owed.break_even_months:.1f} months of this load.")
-    elif owed.api_usd_per_month is not None and owed.usd_per_month is not None:
+    elif owed.usd_per_month is not None:
         says.append("At this load the energy alone costs more than the API: the devices never pay for themselves.")
     return Section("Cost", says, (), (Table(("what", "amount"), rows, (1,)),) if rows else ())
 
@@ -244,10 +236,14 @@ def _bill_rows(owed: Bill, years: float) -> Iterator[tuple[str, str]]:
         ("devices", owed.devices_usd),
         (f"a month, devices over {years:g} years", owed.usd_per_month),
         ("per million tokens given out", owed.usd_per_million_tokens),
-        ("the same tokens from the API, a month", owed.api_usd_per_month),
     ):
         if amount is not None:
             yield what, _dollars(amount)
+    low, high = owed.api_usd_per_month
+    yield (
+        "the same tokens from an API, a month",
+        _dollars(low) if low == high else f"{_dollars(low)} to {_dollars(high)}",
+    )
 
 
 def _what_ifs(found: Report, what_ifs: tuple[WhatIf, ...]) -> Section:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..planner.money import Tariff
 from ..planner.report import Question, Site
 from ..planner.request import Request
 from ..planner.tokens import parse_tokens
@@ -80,7 +81,7 @@ class SiteKeys(_Strict):
 class MoneyKeys(_Strict):
     kwh_price_usd: Dollars | None = None
     device_price_usd: dict[str, Dollars] = {}
-    years: Annotated[float, Field(gt=0, le=50, allow_inf_nan=False)] = 3.0
+    years: Annotated[float, Field(gt=0, le=50, allow_inf_nan=False)] | None = None
     api_price_usd_per_million_tokens: Dollars | None = None
 
 
@@ -125,9 +126,7 @@ def read_workload(path: str) -> Question:
         state_dtype=keys.state_dtype,
         vision=bool(load.images),
     )
-    money = keys.money
-    for name in money.device_price_usd:
-        _known(document, ("money", "device_price_usd", name), lambda name=name: devices_of(name))
+    prices = _prices(document, keys.money)
     return Question(
         title=keys.title,
         source=os.path.basename(document.where),
@@ -135,11 +134,21 @@ def read_workload(path: str) -> Question:
         sites=sites,
         candidates=candidates,
         workload=load,
-        kwh_price_usd=money.kwh_price_usd,
-        device_prices_usd=tuple(money.device_price_usd.items()),
-        years=money.years,
-        api_price_usd=money.api_price_usd_per_million_tokens,
+        tariff=Tariff(keys.money.kwh_price_usd, prices, keys.money.years, keys.money.api_price_usd_per_million_tokens),
     )
+
+
+def _prices(document: Document, keys: MoneyKeys) -> tuple[tuple[str, float], ...]:
+    """By the catalog's names."""
+    found = {}
+    for name, price in keys.device_price_usd.items():
+        at = ("money", "device_price_usd", name)
+        _known(document, at, lambda name=name: devices_of(name))
+        device, *others = devices_of(name)
+        if others:
+            raise document.error(at, f"{name}: give the price of one device")
+        found[device.name] = price
+    return tuple(found.items())
 
 
 def _workload(document: Document, keys: WorkloadKeys) -> Workload:

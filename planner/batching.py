@@ -58,6 +58,7 @@ class Served:
     end_s: float  # when the last answer ended
     busy_s: float  # in steps
     running_s: float  # seats in use, integrated over time
+    seatless_s: float  # with somebody waiting and every seat taken
     decode_tokens: int
     prefill_tokens: int
     peak_blocks: int
@@ -81,7 +82,7 @@ class _Engine:
         self.base = [0] * count
         self.ends_at = [0] * count  # the step after which it has its last token; 0: it does not decode
         self.generated = [0] * count  # tokens that survive a preemption: they are computed again with the prompt
-        self.now = self.busy = self.running_area = 0.0
+        self.now = self.busy = self.running_area = self.seatless = 0.0
         self.steps = self.engine_steps = self.decode_tokens = self.prefill_tokens = self.preemptions = 0
         self.arrived = self.peak_waiting = self.peak_blocks = 0
         self.waiting: deque[int] = deque()
@@ -116,7 +117,7 @@ class _Engine:
                 self._decode_steps()
         return Served(
             self.arrival, self.admitted, self.first, self.finish, self.load.output_tokens, self.preemptions, self.now,
-            self.busy, self.running_area, self.decode_tokens, self.prefill_tokens, self.peak_blocks,
+            self.busy, self.running_area, self.seatless, self.decode_tokens, self.prefill_tokens, self.peak_blocks,
             self.peak_waiting, self.engine_steps,
         )  # fmt: skip
 
@@ -281,7 +282,10 @@ class _Engine:
         """Time goes by: every decoding sequence has `steps` tokens more, and those that are complete leave."""
         self.now += spent_s
         self.busy += spent_s
-        self.running_area += spent_s * (self.decoding + len(self.prefilling))
+        running = self.decoding + len(self.prefilling)
+        self.running_area += spent_s * running
+        if self.waiting and running >= self.limits.max_num_seqs:
+            self.seatless += spent_s
         self.steps += steps
         self.engine_steps += steps
         self.context += self.decoding * steps

@@ -15,8 +15,8 @@ from .batching import Limits, Served, Step, simulate
 from .workload import Load, Workload
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
-REQUESTS = 6000  # simulated per question: the 95th percentile is then known to a few percent
-MAX_REQUESTS = 12_000
+REQUESTS = 4000  # simulated per question: the 95th percentile is then known to a few percent
+MAX_REQUESTS = 8_000
 SETTLING = 4.0  # times the 99th percentile of the latency that the arrivals of a load must span
 MAX_REPLICAS = 1 << 20
 EXACTLY = 64  # up to so many replicas are told apart; beyond, to about one percent
@@ -39,6 +39,7 @@ class Measured:
     prefill_tokens_per_s: float
     utilization: float  # share of the time with a step under way
     mean_running: float
+    seatless: float  # share of the time with somebody waiting and every seat taken
     seats: int
     peak_waiting: int
     peak_blocks: int
@@ -99,6 +100,7 @@ def summary(served: Served, limits: Limits, load: Load) -> Measured:
         prefill_tokens_per_s=served.prefill_tokens / end_s,
         utilization=served.busy_s / end_s,
         mean_running=served.running_s / end_s,
+        seatless=served.seatless_s / end_s,
         seats=limits.max_num_seqs,
         peak_waiting=served.peak_waiting,
         peak_blocks=served.peak_blocks,
@@ -224,10 +226,11 @@ def cause(measured: Measured, limits: Limits, step: Step) -> str:
         return "the cache is smaller than the longest requests"
     if measured.preemptions > measured.requests // 50:
         return "KV blocks: sequences are preempted and computed again"
-    if measured.mean_running > 0.9 * limits.max_num_seqs:
+    waits = measured.wait_s[2] > 0.3 * measured.ttft_s[2]  # rather than its own prompt being long
+    if waits and measured.seatless > 0.05:
         return f"seats: all {limits.max_num_seqs} sequences are taken, and requests wait for one to end"
     blocks = limits.num_blocks
-    if blocks is not None and measured.peak_blocks > 0.97 * blocks and measured.mean_wait_s > 0:
+    if waits and blocks is not None and measured.peak_blocks > 0.95 * blocks:
         return "KV blocks: requests wait until enough are free for their prompts"
     width = max(1, round(measured.mean_running))
     prefill = step.step_s(limits.max_num_batched_tokens, 0, width, 0)

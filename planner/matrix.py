@@ -22,7 +22,7 @@ class Requirements:
     """What a cell must satisfy. None: not asked."""
 
     must_fit: bool = True
-    min_decode_tokens_per_s: float | None = None  # of one sequence
+    min_decode_tokens_per_s: float | None = None  # of all sequences together, as `speed` in the JSON
     max_memory_bytes: int | None = None  # on the fullest device
 
 
@@ -189,11 +189,10 @@ def _refused(cell: Cell, reason: str) -> Verdict:
     return Verdict(cell, False, None, None, None, None, None, 0, 0, None, failures, ())
 
 
-def decode_tokens_per_s(best: EnginePlan) -> Interval | None:
-    """The decode speed of one sequence as the plan says it; None where there is no model of it."""
-    speed: Any = best.to_json()["speed"]
-    rate = speed and speed.get("decode_tokens_per_s")
-    return (rate["low"], rate["mid"], rate["high"]) if rate else None
+def decode_tokens_per_s(best: EnginePlan) -> Interval:
+    """Of all sequences together, behind a short prompt: what `--json` says under `speed`."""
+    rate = best.speed.start.decode_tokens_per_s
+    return rate.low, rate.mid, rate.high
 
 
 def changes(old: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Verdict], tolerance: float) -> tuple[Change, ...]:

@@ -9,12 +9,11 @@ from math import exp
 from random import Random
 from typing import Any
 
-from ..profiles.box import devices_of
 from ..profiles.errors import QwenfitError, Unsupported
 from ..profiles.frozen import dataclass, fields, replace
 from .batching import Limits, Step
 from .capacity import Breaking, Measured, Sizing, breaks_first, broken, carries, measure, mixed_shares, scaled, smallest
-from .money import Bill, bill
+from .money import Bill, Tariff, assumptions, bill
 from .plan import EnginePlan, Plan
 from .replica import Replica, replica, serving_plan
 from .request import Request
@@ -46,10 +45,7 @@ class Question:
     sites: tuple[Site, ...]
     candidates: tuple[str, ...]
     workload: Workload
-    kwh_price_usd: float | None
-    device_prices_usd: tuple[tuple[str, float], ...]
-    years: float
-    api_price_usd: float | None
+    tariff: Tariff
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +225,7 @@ def setup(one: Replica) -> str:
 def _bill(question: Question, parts: list[tuple[Replica, int, Measured]]) -> Bill:
     devices = [(device, count, seen.utilization) for one, count, seen in parts for device in one.plan.setup.devices]
     tokens_per_s = sum(seen.decode_tokens_per_s * count for _, count, seen in parts)
-    prices = {device.name: price for name, price in question.device_prices_usd for device in devices_of(name)}
-    return bill(devices, tokens_per_s, question.kwh_price_usd, prices, question.years, question.api_price_usd)
+    return bill(devices, tokens_per_s, question.tariff)
 
 
 def sources(found: Report) -> list[tuple[str, str, str]]:
@@ -259,16 +254,20 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
         ]
     told += [
         (
-            "batching", "first come first served, chunked prefill, preemption by recomputation",
+            "batching",
+            "first come first served, chunked prefill, preemption by recomputation",
             "vLLM 0.32 v1/core/sched/scheduler.py",
         ),
         ("routing", "in turn to equal replicas; in a mix in proportion to what each carries", "assumed"),
         ("arrivals", _arrivals_told(question.workload), question.source),
         ("vision tower", "its own time is not modelled; image tokens are prefilled as text is", "assumed"),
-        ("power", "15 % of the board power idle, 75 % (50 to 100 %) at work", "assumed, not measured"),
-        ("cost", f"devices over {question.years:g} years, and energy; no hosts, racks or staff", question.source),
-    ]  # fmt: skip
-    return told
+        (
+            "cost",
+            f"devices over {question.tariff.term_years:g} years, and energy",
+            "no hosts, racks, cooling or staff",
+        ),
+    ]
+    return told + assumptions(question.tariff)
 
 
 def _limits_told(limits: Limits) -> str:
