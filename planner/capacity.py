@@ -227,11 +227,11 @@ def cause(measured: Measured, limits: Limits, step: Step) -> str:
     if measured.preemptions > measured.requests // 50:
         return "KV blocks: sequences are preempted and computed again"
     waits = measured.wait_s[2] > 0.3 * measured.ttft_s[2]  # rather than its own prompt being long
-    if waits and measured.seatless > 0.05:
-        return f"seats: all {limits.max_num_seqs} sequences are taken, and requests wait for one to end"
     blocks = limits.num_blocks
     if waits and blocks is not None and measured.peak_blocks > 0.95 * blocks:
         return "KV blocks: requests wait until enough are free for their prompts"
+    if waits and measured.seatless > 0.01:
+        return f"seats: all {limits.max_num_seqs} sequences are taken, and requests wait for one to end"
     width = max(1, round(measured.mean_running))
     prefill = step.step_s(limits.max_num_batched_tokens, 0, width, 0)
     decode = step.step_s(0, 0, width, 0)
