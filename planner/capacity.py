@@ -19,7 +19,7 @@ REQUESTS = 4000  # simulated per question: the 95th percentile is then known to 
 MAX_REQUESTS = 8_000
 SETTLING = 4.0  # times the 99th percentile of the latency that the arrivals of a load must span
 MAX_REPLICAS = 1 << 20
-EXACTLY = 64  # up to so many replicas are told apart; beyond, to about one percent
+EXACTLY = 64  # up to so many replicas are told apart
 SEED = 20261122
 
 
@@ -148,8 +148,10 @@ class Sizing:
     reasons: tuple[str, ...]
 
 
-def smallest(step: Step, limits: Limits, workload: Workload, reuse_tokens: int, requests: int = REQUESTS) -> Sizing:
-    """The fewest replicas that keep every promise.
+def smallest(
+    step: Step, limits: Limits, workload: Workload, reuse_tokens: int, requests: int = REQUESTS, within: float = 0.01
+) -> Sizing:
+    """The fewest replicas that keep every promise; beyond `EXACTLY` of them to the share `within`.
 
     Where a request alone on a replica already breaks one, no number does: the answer says which.
     """
@@ -172,7 +174,7 @@ def smallest(step: Step, limits: Limits, workload: Workload, reuse_tokens: int, 
             return Sizing(0, found, tuple(f"even with {high:,} replicas: {reason}" for reason in reasons))
         low, high = high, min(most, high + max(1, high // 4 if high > 4 else high))
         found = at(high)
-    while high - low > max(1, high // 100 if high > EXACTLY else 1):
+    while high - low > max(1, int(high * within) if high > EXACTLY else 1):
         # The first guess is near: the bracket below it is opened step by step.
         middle = max((low + high) // 2, high - max(1, high // 5)) if low == 0 else (low + high) // 2
         tried = at(middle)

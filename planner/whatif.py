@@ -17,6 +17,7 @@ from .speed import step_time
 from .workload import Lengths, Part, Workload
 
 CONTEXTS = (*(1024 << power for power in range(10)), MAX_CTX_TOKENS)
+WITHIN = 0.04  # of large numbers of replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def _other_plans(plan: EnginePlan, request: Request) -> Iterator[tuple[str, Requ
 
 def _what_if(change: str, one: Replica, load: Workload, kind: Kind, limits: Limits) -> WhatIf:
     seen = measure(one.step, limits, load, one.reuse_tokens, kind.share)
-    fewest: Sizing = smallest(one.step, limits, load, one.reuse_tokens)
+    fewest: Sizing = smallest(one.step, limits, load, one.reuse_tokens, within=WITHIN)
     holds = not broken(seen, load)
     return WhatIf(change, seen.p95_ttft_s, seen.p95_tpot_s, holds, fewest.replicas, "; ".join(fewest.reasons))
 
