@@ -12,7 +12,8 @@ from ..planner.report import Report, report
 from ..planner.whatif import memory, throughput, what_ifs
 from ..profiles.errors import BadInput
 from .output import quietly_closed, say, screen, write
-from .report_page import Extras, Page, document, markdown, page, plain_text
+from .report_page import Extras, Page, page
+from .report_text import document, markdown, plain_text
 
 ENDINGS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
 NEEDS = "the HTML report needs jinja2 and matplotlib: pip install 'qwenfit[report]' (Markdown and JSON need neither)"

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..planner.money import Bill
-from ..planner.report import Kind, Report, plain, setup, sources
+from ..planner.report import Kind, Report, setup, sources
 from ..planner.whatif import Memory, WhatIf, Width
-from .markdown import escaped, grid
-from .output import clean
 
 GIB = 1 << 30
 Extras = tuple[Memory, tuple[Width, ...], tuple[WhatIf, ...]]
@@ -276,65 +274,9 @@ def _assumptions(found: Report) -> Section:
     return Section("Assumptions", says, (), (Table(("what", "value", "source, or why"), sources(found)),))
 
 
-def markdown(told: Page) -> str:
-    lines = [f"# {escaped(told.title)}", "", f"**{told.verdict}.** {escaped(told.answer[0])}", ""]
-    lines += [*(f"- {escaped(sentence)}" for sentence in told.answer[1:]), ""]
-    for section in told.sections:
-        lines += [f"## {escaped(section.title)}", ""]
-        for sentence in section.says:
-            lines += [escaped(sentence), ""]
-        for table in section.tables:
-            lines += [*grid(table.titles, table.rows, table.right), ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def document(found: Report, extras: Extras) -> dict[str, object]:
-    """The report as JSON: base units, every figure of the page."""
-    memory, widths, what_ifs = extras
-    return {
-        "schema": 1,
-        "title": found.question.title,
-        "workload": plain(found.question.workload),
-        "model": found.model,
-        "mean_request_tokens": found.mean_tokens,
-        "holds": found.holds,
-        "failures": list(found.failures),
-        "cautious_failures": list(found.slow_failures),
-        "tokens_per_s": found.tokens_per_s,
-        "replicas": [_kind_json(kind) for kind in found.kinds],
-        "load": plain(found.load),
-        "candidates": plain(found.candidates),
-        "cost": plain(found.bill),
-        "memory": plain(memory),
-        "throughput": plain(widths),
-        "what_if": plain(what_ifs),
-        "assumptions": [{"what": what, "value": value, "source": source} for what, value, source in sources(found)],
-    }
-
-
-def _kind_json(kind: Kind) -> dict[str, object]:
-    one = kind.replica
-    return {
-        "devices": one.devices,
-        "replicas": kind.replicas,
-        "share_of_load": kind.share,
-        "engine": one.plan.engine,
-        "engine_version": one.plan.engine_version,
-        "weights": one.plan.weights,
-        "kv_dtype": one.plan.kv_dtype,
-        "limits": plain(one.limits),
-        "reuse_tokens": one.reuse_tokens,
-        "step_time": plain(one.step),
-        "measured": plain(kind.measured),
-        "cautious": plain(kind.slow),
-        "fewest": plain(kind.fewest),
-        "fewest_cautious": plain(kind.fewest_slow),
-        "breaks_first": plain(kind.breaking),
-        "command": one.command,
-    }
-
-
 def seconds(value: float) -> str:
+    if value <= 0:
+        return "0 s"
     if value >= 10:
         return f"{value:,.0f} s"
     if value >= 1:
@@ -350,13 +292,3 @@ def _dollars(amount: float | None) -> str:
     if amount is None:
         return "-"
     return f"${amount:,.0f}" if amount >= 100 else f"${amount:,.2f}" if amount >= 0.1 else f"${amount:.4f}"
-
-
-def plain_text(told: Page, width: int) -> str:
-    """The answer for a terminal."""
-    from .output import wrapped
-
-    lines = wrapped(f"{told.verdict}: {clean(told.answer[0])}", width, rest="  ")
-    for sentence in told.answer[1:]:
-        lines += wrapped(clean(sentence), width, first="  - ", rest="    ")
-    return "\n".join([*lines, ""])

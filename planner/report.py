@@ -195,6 +195,8 @@ def _load_points(question: Question, kind: Kind) -> tuple[LoadPoint, ...]:
         if load in tried:  # few users come in whole ones
             continue
         tried.append(load)
+        if load.users and question.workload.users:
+            factor = load.users / question.workload.users
         seen = measure(kind.replica.step, kind.replica.limits, load, kind.replica.reuse_tokens, kind.share)
         holds = not broken(seen, load)
         points.append(LoadPoint(factor, seen.p95_ttft_s, seen.p95_tpot_s, seen.utilization, holds))

@@ -1,4 +1,4 @@
-"""The HTML report in headless Chromium: no console messages, nothing fetched, nothing wider than the screen, both themes.
+"""The HTML report in headless Chromium: no console messages, nothing fetched, nothing wider than the screen, themes.
 
 pip install playwright, and Chromium from the system or `playwright install chromium`; then `pytest -m browser`
 """
