@@ -127,13 +127,22 @@ def speed(plan: EnginePlan) -> Iterator[str]:
         f"Reads prompts at ~{between(start.prefill_tokens_per_s)} tokens/s: {first}"
         + (f", of {full.context_tokens:,} after ~{seconds(full.ttft_s.mid)}" if full != start else "")
     )
+    found = plan.speed.drafts
+    if found:
+        until = (
+            "does not pay" if not found.pays_up_to_seqs else f"pays up to {counted(found.pays_up_to_seqs, 'sequence')}"
+        )
+        yield (
+            f"Multi-token prediction advances by ~{found.tokens_per_pass:.1f} tokens per pass, {found.gain:.2f} x the "
+            f"rate without it, and {until}"
+        )
     yield f"How sure: {plan.speed.basis}; 80 % of runs held out lay between the figures in brackets"
     case = plan.speed.nearest
     if case:
         with_drafts = f", {counted(case.mtp, 'draft token')}" if case.mtp else ""
         yield (
-            f"Nearest measured: {case.decode_tokens_per_s:g} tokens/s, {case.model} {case.weights} on {case.device} with "
-            f"{case.engine}{with_drafts}, {case.depth_tokens:,} tokens deep ({case.source})"
+            f"Nearest measured: {case.decode_tokens_per_s:g} tokens/s, {case.model} {case.weights} on {case.device} "
+            f"with {case.engine}{with_drafts}, {case.depth_tokens:,} tokens deep ({case.source})"
         )
 
 
@@ -157,8 +166,8 @@ def costs(plan: EnginePlan) -> Iterator[str]:
     if found.job:
         job = found.job
         yield (
-            f"A job of {job.tokens:,} tokens: ~{between(job.hours)} hours, "
-            f"~{figure(job.kwh.mid)} kWh, {usd(job.usd.mid)}; at the API {api_job(found.api_usd_per_million_tokens, job.tokens)}"
+            f"A job of {job.tokens:,} tokens: ~{between(job.hours)} hours, ~{figure(job.kwh.mid)} kWh, "
+            f"{usd(job.usd.mid)}; at the API {api_job(found.api_usd_per_million_tokens, job.tokens)}"
         )
     yield f"Assumed: {'; '.join(found.assumptions)}" if found.assumptions else "Nothing was assumed about prices"
 

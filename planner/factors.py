@@ -36,6 +36,7 @@ class Factors:
     expert: float  # of the peak, for routed experts of a prompt
     pair: float  # of the peak, for attention of a prompt
     layer_s: float  # per layer and pass: launches, norms, whatever does not grow
+    pass_s: float  # per layer and pass with prompt rows, beside that
     link_s: float  # per all-reduce
     wire: float  # of the link's bandwidth
     acceptance: float  # of the first draft token
@@ -46,24 +47,13 @@ class Factors:
 
 
 KINDS = (
-    "read",
-    "kv",
-    "dense",
-    "expert",
-    "pair",
-    "layer",
-    "link",
-    "wire",
-    "acceptance",
-    "decay",
-    "draft",
-    "host",
-    "unpack",
+    *("read", "kv", "unpack", "layer", "dense", "expert", "pair", "pass"),
+    *("link", "wire", "acceptance", "decay", "draft", "host"),
 )
 
 
 def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
-    """From the sums of logarithms by kind (of the odds for `acceptance`, of seconds for `layer`, `link`, `draft`)."""
+    """From the sums of logarithms by kind: of seconds for what ends in _s, of the odds for `acceptance` and `decay`."""
     return Factors(
         read=exp(logs["read"]),
         kv=exp(logs["kv"]),
@@ -71,6 +61,7 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
         expert=exp(logs["expert"]),
         pair=exp(logs["pair"]),
         layer_s=exp(logs["layer"]),
+        pass_s=exp(logs["pass"]),
         link_s=exp(logs["link"]),
         wire=exp(logs["wire"]),
         acceptance=1 / (1 + exp(-logs["acceptance"])),
@@ -103,7 +94,8 @@ def chain(engine: str, backend: str, device: Device, weights: WeightFormat, is_m
     group = f"{relative}/{backend}"
     keys = ["", "+moe" if is_moe else "+dense", f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
     keys += [f"{group}{keys[1]}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
-    keys.append(f"{group}|{family_of(device)}")
+    if family_of(device) != device.architecture:
+        keys.append(f"{group}|{family_of(device)}")
     if engine != relative:
         keys.append(f"{engine}/{backend}")
     return tuple(keys)
@@ -141,7 +133,9 @@ def factors(
     """The fitted factors of an engine on a device."""
     table = fitted()["logs"]
     keys = chain(engine, backend_of(engine, device), device, weights, is_moe, link)
-    return factors_of({kind: total(table[kind], keys) for kind in KINDS}, host_bytes_per_s)
+    logs = {kind: total(table[kind], keys) for kind in KINDS}
+    logs["read"] = min(logs["read"], 0.0)  # terms add up; nothing reads more than the bandwidth
+    return factors_of(logs, host_bytes_per_s)
 
 
 def total(terms: dict[str, float], keys: tuple[str, ...]) -> float:

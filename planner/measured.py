@@ -79,6 +79,10 @@ class Run:
         return len(self.devices) if self.row.get("split") == "tensor" else 1
 
     @cached_property
+    def chunk_tokens(self) -> int:
+        return self.row.get("chunk_tokens") or chunk_tokens(self.engine, self.backend)
+
+    @cached_property
     def work(self) -> Work:
         return work(
             self.model,
@@ -110,8 +114,8 @@ class Run:
 
     def prefill(self, factors: Factors) -> float:
         tokens = self.row["prompt_tokens"]
-        chunk = self.row.get("chunk_tokens") or chunk_tokens(self.engine, self.backend)
-        return tokens / self.step_time(factors).prompt_s(tokens, chunk, self.row.get("prompt_depth_tokens", 0))
+        depth_tokens = self.row.get("prompt_depth_tokens", 0)
+        return tokens / self.step_time(factors).whole_prompt_s(tokens, self.chunk_tokens, depth_tokens)
 
 
 def _machine(values: Mapping[str, Any], source: str) -> Device:

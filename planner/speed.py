@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import exp
 from typing import TYPE_CHECKING
 
-from ..profiles.frozen import dataclass
+from ..profiles.frozen import dataclass, replace
 from ..profiles.speed_data import fitted
 from .factors import RELATIVES, backend_of, chunk_tokens, factors, known, link_of
 from .nearest import Case, nearest_case
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .engines.engine import Setup
     from .plan import EnginePlan
 
+DRAFT_SEQS = tuple(1 << power for power in range(11))  # at which the gain of drafts is looked for
 PROMPT_TOKENS = 2048  # of the prompt whose figures are told first: what benchmarks use, and a chat begins with
 
 
@@ -59,6 +60,22 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafts:
+    """What multi-token prediction brings."""
+
+    tokens_per_pass: float  # that a sequence advances by
+    gain: float  # decode rate over that without drafts, at the number of sequences asked for
+    pays_up_to_seqs: int  # 0: not even alone; 1024: as far as was looked
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "tokens_per_pass": rounded(self.tokens_per_pass),
+            "gain": rounded(self.gain),
+            "pays_up_to_seqs": self.pays_up_to_seqs,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Speed:
     """The answer for one plan."""
 
@@ -67,6 +84,7 @@ class Speed:
     seqs: int
     basis: str  # one sentence: what the interval rests on
     nearest: Case | None
+    drafts: Drafts | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -75,6 +93,7 @@ class Speed:
             "seqs": self.seqs,
             "basis": self.basis,
             "nearest": self.nearest.to_json() if self.nearest else None,
+            "drafts": self.drafts.to_json() if self.drafts else None,
         }
 
 
@@ -91,7 +110,24 @@ def speed(plan: "EnginePlan") -> Speed:
         seqs=plan.seqs,
         basis=basis(plan),
         nearest=nearest_case(plan.engine, plan.setup, host_share(plan) > 0),
+        drafts=drafts(plan) if plan.mtp else None,
     )
+
+
+def drafts(plan: "EnginePlan") -> Drafts:
+    """Verification reads what the drafts' experts need and multiplies more rows, so a batch that is bound by arithmetic
+    gains nothing: the number of sequences up to which it does, behind a short prompt."""
+    context_tokens = min(PROMPT_TOKENS, plan.ctx_tokens)
+    step, plain = step_time(plan), _step_time(plan.engine, replace(plan.setup, mtp=0), host_share(plan))
+
+    def gain(seqs: int) -> float:
+        return step.decode_tokens_per_s(seqs, context_tokens) / plain.decode_tokens_per_s(seqs, context_tokens)
+
+    pays = [seqs for seqs in DRAFT_SEQS if gain(seqs) > 1]
+    until = next((seqs for seqs in DRAFT_SEQS if gain(seqs) <= 1), None)
+    if until is not None:
+        pays = [seqs for seqs in range(until // 2, until) if seqs and gain(seqs) > 1]
+    return Drafts(step.tokens_per_seq, gain(plan.seqs), max(pays, default=0))
 
 
 def decode_tokens_per_s(plan: "EnginePlan") -> float:
@@ -127,7 +163,7 @@ def _step_time(engine: str, setup: "Setup", moved_share: float) -> StepTime:
 def _rates(plan: "EnginePlan", context_tokens: int) -> Rates:
     step, chunk = step_time(plan), _chunk_tokens(plan)
     decode = step.decode_tokens_per_s(plan.seqs, context_tokens)
-    ttft_s = step.prompt_s(context_tokens, chunk)
+    ttft_s = step.whole_prompt_s(context_tokens, chunk)
     decode_width, prefill_width = widths(plan)
     parts = step.constituents(0, 0, plan.seqs, plan.seqs * context_tokens)
     return Rates(

@@ -30,6 +30,7 @@ class StepTime:
     context_s: float  # cache read per token of context of a decoding sequence
     seq_s: float  # state read and written per decoding sequence
     overhead_s: float  # per pass: launches and the engine's own work
+    prompt_s: float  # per pass with prompt rows, beside that: what no captured graph saves
     link_s: float  # per pass: latency of the all-reduces
     link_row_s: float  # per row: their bytes
     draft_s: float = 0.0  # per pass with decoding sequences: all draft steps together
@@ -53,7 +54,7 @@ class StepTime:
             + prefill_pairs * self.pair_s
             + decode_context_tokens * self.context_s
             + decode_seqs * self.seq_s
-            + self.overhead_s
+            + (self.overhead_s + self.prompt_s if prefill_tokens else self.overhead_s)
             + self.link_s
             + rows * self.link_row_s
             + (self.draft_s if decode_seqs else 0.0)
@@ -72,7 +73,7 @@ class StepTime:
             "attention": prefill_pairs * self.pair_s,
             "kv reads": decode_context_tokens * self.context_s,
             "state": decode_seqs * self.seq_s,
-            "overhead": self.overhead_s,
+            "overhead": self.overhead_s + self.prompt_s if prefill_tokens else self.overhead_s,
             "link": self.link_s + rows * self.link_row_s,
             "draft": self.draft_s if decode_seqs else 0.0,
         }
@@ -81,7 +82,7 @@ class StepTime:
         """Tokens per second of all sequences together, each at `context_tokens`."""
         return seqs * self.tokens_per_seq / self.step_s(0, 0, seqs, seqs * context_tokens)
 
-    def prompt_s(self, prompt_tokens: int, chunk_tokens: int, depth_tokens: int = 0) -> float:
+    def whole_prompt_s(self, prompt_tokens: int, chunk_tokens: int, depth_tokens: int = 0) -> float:
         """Seconds of a prompt alone, in passes of at most `chunk_tokens`, behind `depth_tokens` that are cached."""
         whole, rest = divmod(prompt_tokens, chunk_tokens)
         pairs = prompt_tokens * depth_tokens + prompt_tokens * (prompt_tokens + 1) // 2
@@ -103,6 +104,7 @@ _SECONDS = (
     "context_s",
     "seq_s",
     "overhead_s",
+    "prompt_s",
     "link_s",
     "link_row_s",
     "draft_s",
@@ -128,7 +130,6 @@ def step_time(work: Work, factors: Factors) -> StepTime:
     """Work over what the devices reach of their rates."""
     read = work.bandwidth_bytes_per_s * factors.read
     peak = work.peak_flops_per_s
-    overhead_s = work.layers * factors.layer_s
     drafts = work.draft_tokens
     draft_s = drafts * (work.draft_bytes / read + factors.draft_s) if drafts else 0.0
     vector = work.vector_flops_per_s * factors.unpack
@@ -145,7 +146,8 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         pair_s=work.flops_per_pair / (peak * factors.pair),
         context_s=work.kv_bytes_per_token / (work.bandwidth_bytes_per_s * factors.kv),
         seq_s=work.state_bytes_per_seq / read,
-        overhead_s=overhead_s,
+        overhead_s=work.layers * factors.layer_s,
+        prompt_s=work.layers * factors.pass_s,
         link_s=work.all_reduces * factors.link_s,
         link_row_s=work.link_bytes_per_row / (work.link_bytes_per_s * factors.wire) if work.all_reduces else 0.0,
         draft_s=draft_s,

@@ -55,7 +55,7 @@ class Work:
     host_expert_bytes: float  # all routed experts in host memory
     expert_share: float  # of the routed experts that one row reads
     kv_bytes_per_token: float  # read per decoding sequence and token of its context
-    state_bytes_per_seq: float  # read and written
+    state_bytes_per_seq: float  # read, and written once per row: a rejected draft goes back to the state before it
     dense_flops_per_row: float
     expert_flops_per_row: float
     head_flops_per_row: float
@@ -106,7 +106,7 @@ def work(
         host_expert_bytes=expert_bytes * host_share,
         expert_share=share,
         kv_bytes_per_token=model.full_attention_layers * kv_heads * 2 * model.head_dim * element_bits / 8,
-        state_bytes_per_seq=2 * model.linear_attention_layers * state / tp,
+        state_bytes_per_seq=(2 + mtp) * model.linear_attention_layers * state / tp,
         dense_flops_per_row=flops.dense / tp,
         expert_flops_per_row=flops.experts / tp,
         head_flops_per_row=flops.head / tp,

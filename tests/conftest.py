@@ -12,8 +12,10 @@ import pytest
 
 from qwenfit.planner.engines.engine import Allocation, DeviceShare, Setup
 from qwenfit.planner.memory import Memory, estimated, exactly
+from qwenfit.planner.nearest import Case
 from qwenfit.planner.plan import Advice, EnginePlan, Plan, Skipped
-from qwenfit.planner.request import Options, Request
+from qwenfit.planner.request import Options, Prices, Request
+from qwenfit.planner.speed import Interval, Rates, Speed
 from qwenfit.profiles.device import Device
 
 GIB = 1 << 30
@@ -99,7 +101,33 @@ def made_engine_plan(
     command = told.pop("command", "llama-server -m model.gguf -c {ctx} -np {seqs} -ctk q8_0 -ctv q8_0 -ngl 99")
     setup = Setup(model, fmt, devices, "b11434", kv_dtype, "float32", 1, len(devices), 0, False, Options())
     estimate = MadeEstimate(devices, weights_bytes, command, **told)
-    return EnginePlan(engine, setup, estimate, request.ctx_tokens, request.seqs)
+    prices = Prices(usd_per_kwh=0.3, device_usd=280, device_watts=120, api_usd_per_million=2, job_tokens=78_000_000)
+    made = EnginePlan(engine, setup, estimate, request.ctx_tokens, request.seqs, prices=prices)
+    vars(made)["speed"] = made_speed(request)
+    return made
+
+
+def made_speed(request: Request) -> Speed:
+    def rates(ctx_tokens: int, decode: float, bound_by: str) -> Rates:
+        prompt = Interval(1000, 2000, 4000)
+        return Rates(ctx_tokens, Interval(decode / 2, decode, decode * 2), prompt, Interval(0.5, 1, 2), bound_by)
+
+    case = Case(
+        *(
+            "lb-1",
+            "https://example.org/b",
+            "llama.cpp",
+            "cuda",
+            "rtx4090",
+            "rtx4090",
+            "ada",
+            "qwen3.5-9b",
+            "q4_k_m",
+        ),
+        *("4", 4_700_000_000, 1_008_000_000_000, 1, 0, False, 16384, 79.93),
+    )
+    start, full = rates(2048, 42.0, "weight reads"), rates(request.ctx_tokens, 17.0, "kv reads")
+    return Speed(start, full, request.seqs, "llama.cpp was measured on other devices", case)
 
 
 def made_model() -> Any:

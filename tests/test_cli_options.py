@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwenfit.cli.app import build
 from qwenfit.cli.options import BY_FLAG, OPTIONS, Values, asked, parse_bytes, parse_fraction, read
-from qwenfit.planner.request import Options, Request
+from qwenfit.planner.request import Options, Prices, Request
 from qwenfit.profiles.errors import BadInput
 
 TEXTS = st.one_of(
@@ -78,7 +78,8 @@ def test_everything_reaches_the_request() -> None:
         "--model 27b --gpu 2xrtx3090 --ctx 256K --seqs 4 --engine vllm@0.31 --weights int4 --kv-dtype fp8 "
         "--state-dtype bfloat16 --mtp 2 --text-only --tp 2 --pp 1 --gpu-memory-utilization 0.9 "
         "--max-num-batched-tokens 2K --ubatch 256 --image-tokens 4096 --host-ram 32GiB --no-offload-experts "
-        "--no-prefix-caching --no-cuda-graphs --format markdown"
+        "--no-prefix-caching --no-cuda-graphs --usd-per-kwh 0.30 --device-usd 1400 --years 2 --device-watts 600 "
+        "--api-usd-per-million 2.5 --job-tokens 78000000 --format markdown"
     )
     values = read(line.split())
     assert values is not None and len(values) == len(OPTIONS) - 1  # --json is the other way to say --format json
@@ -97,6 +98,7 @@ def test_everything_reaches_the_request() -> None:
         tp=2,
         pp=1,
         options=Options(0.9, 2048, 256, False, False, 4096, False, 32 << 30),
+        prices=Prices(0.30, 1400, 2, 2.5, 78_000_000, 600),
     )
     assert question.format == "markdown" and not question.notes
 

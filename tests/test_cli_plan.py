@@ -115,7 +115,8 @@ def check_plan(plan: dict[str, Any]) -> None:
     }
     for key, kind in types.items():
         assert type(plan[key]) is kind, key
-    assert plan["speed"] is None and plan["energy"] is None
+    assert {"decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "bound_by"} <= plan["speed"].keys()
+    assert plan["energy"] is None or {"joules_per_token", "usd_per_million_tokens"} <= plan["energy"].keys()
     assert plan["fits"] is not bool(plan["reasons"])
     assert "\n" not in plan["command"]
     assert {"max_ctx_tokens", "max_seqs"} <= plan["limits"].keys()

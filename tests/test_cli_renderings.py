@@ -101,7 +101,8 @@ def test_names_cannot_drive_a_terminal_a_page_or_a_job(
     assert "<b>" not in page.replace("\\<b\\>", "")
     written = outputs.read_text(encoding="utf-8").splitlines()
     assert [line.split("=")[0] for line in written] == [
-        *("fits", "engine", "weights", "kv_dtype", "max_ctx_tokens", "max_seqs", "command")
+        *("fits", "engine", "weights", "kv_dtype", "max_ctx_tokens", "max_seqs"),
+        *("decode_tokens_per_s", "ttft_s", "command"),
     ]
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qwenfit.planner import Request, plan
 from qwenfit.planner.search import variant
+from qwenfit.planner.steps import CONSTITUENTS
 from qwenfit.profiles import QwenfitError, device, devices
 
 PARTS = ("weights", "kv_cache", "recurrent_state", "activation", "graph", "runtime")
@@ -54,7 +55,12 @@ def test_the_json_has_the_contracts_keys_and_whole_numbers():
             "detail",
             "command",
         } <= set(one)
-        assert one["speed"] is None and one["energy"] is None
+        for rate in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s"):
+            interval = one["speed"][rate]
+            assert set(interval) == {"low", "mid", "high"}
+            assert 0 < interval["low"] < interval["mid"] < interval["high"]
+        assert one["speed"]["bound_by"] in CONSTITUENTS
+        assert one["energy"]["joules_per_token"] > 0 and one["energy"]["usd_per_million_tokens"] > 0
         for share in [*one["devices"], one["host"]]:
             memory = share["memory"]
             assert set(memory) == {f"{part}_bytes" for part in PARTS} | {"total_bytes"}

@@ -23,6 +23,7 @@ STEP = StepTime(
     context_s=1e-8,
     seq_s=1e-5,
     overhead_s=1e-3,
+    prompt_s=3e-3,
     link_s=5e-4,
     link_row_s=1e-7,
     draft_s=2e-3,
@@ -74,7 +75,7 @@ def test_a_batch_grows_from_memory_to_arithmetic():
 def test_a_prompt_attends_to_all_before_it():
     """1,000 tokens behind 500: 1000 x 500 + 1000 x 1001 / 2 pairs, in two passes of 512 and 488."""
     passes = STEP.step_s(512, 0, 0, 0) + STEP.step_s(488, 0, 0, 0)
-    assert STEP.prompt_s(1000, 512, 500) == pytest.approx(passes + (500_000 + 500_500) * 1e-9)
+    assert STEP.whole_prompt_s(1000, 512, 500) == pytest.approx(passes + (500_000 + 500_500) * 1e-9)
 
 
 def test_scaled_scales_every_second():

@@ -3,199 +3,48 @@
     python tests/bench/fit_speed.py    # two minutes: profiles/speed_factors.json, tests/data/speed_held_out.json
     python tests/bench/accuracy.py     # then: docs/accuracy.md
 
-Each observation is a decode or prefill rate; its error is log(predicted / measured). The factors are sums of terms along
-the chain of `planner/factors.py`, and the fit is the mode of a hierarchical model: Gaussian terms around nothing with
-the standard deviations in `SPREAD`, Huber's loss on the errors, Gauss-Newton. Held out together is a page (nothing of
-it is in the fit that it is scored with); as a stricter question, everything of one publisher (a repository, a site, a
-person). The intervals are the 80 % quantiles of the errors on pages held out, by how much of the engine and the device
-the other pages know; their coverage is counted page by page with widths from the other pages alone.
+Each observation is a decode or prefill rate; its error is log(predicted / measured). The factors are sums of terms
+along the chain of `planner/factors.py`, and the fit is the mode of a hierarchical model: Gaussian terms around nothing
+with the standard deviations in `SPREAD`, Huber's loss on the errors, Gauss-Newton. Held out together is a page (nothing
+of it is in the fit that it is scored with); as a stricter question, everything of one publisher (a repository, a site,
+a person). The intervals are the 80 % quantiles of the errors on pages held out, by how much of the engine and the
+device the other pages know; their coverage is counted page by page with widths from the other pages alone.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from math import ceil, exp, log
+from collections.abc import Callable, Sequence
+from math import ceil, exp
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from speed_design import Design, Observation, error, observations
 
-from qwenfit.planner.factors import KINDS, bits_of, factors_of, family_of, total
+from qwenfit.planner.factors import KINDS, bits_of, family_of
 from qwenfit.planner.measured import Run
 from qwenfit.profiles import speed_data
 
-Terms = dict[str, dict[str, float]]  # kind -> key -> logarithm
-
-# Where the fit starts, and what it keeps for a kind that no run speaks of. Published orders of magnitude: efficiencies of
-# a roofline, ten microseconds for an all-reduce within a box, three of four draft tokens taken.
-START = {
-    "read": log(0.8),
-    "kv": log(0.6),
-    "dense": log(0.5),
-    "expert": log(0.15),
-    "pair": log(0.3),
-    "layer": log(80e-6),
-    "link": log(15e-6),
-    "wire": log(0.4),
-    "acceptance": log(0.75 / 0.25),
-    "decay": log(0.87 / 0.13),
-    "draft": log(1e-3),
-    "host": log(0.6),
-    "unpack": log(0.2),
-}
-# Standard deviation of a term by what its key names, times `KIND_SPREAD`. Chosen once by the held-out error.
-SPREAD = {"root": 4.0, "model": 0.2, "link": 0.5, "backend": 1.0, "format": 0.3, "group": 0.3, "place": 0.2}
-KIND_SPREAD = {"read": 0.5, "kv": 1.5, "dense": 1.5, "expert": 1.5, "pair": 2.0, "layer": 3.0, "wire": 2.0, "link": 2.0}
-NOISE = {"decode": 0.05, "mtp": 0.15, "prefill": 0.12, "offload": 0.25, "batch": 0.25}
-HUBER = 1.5
-STEPS = 25
 LEVELS = ("place", "engine", "nothing")
 INSIDE = 0.8
 MIN_ROWS = 8  # below it a level borrows from the others
 HELD_OUT = Path(__file__).parent.parent / "data" / "speed_held_out.json"
 
 
-class Observation(NamedTuple):
-    run: Run
-    kind: str  # decode, mtp, prefill, offload, batch
-    measured: float
-    weight: float
-
-    @property
-    def is_fitted(self) -> bool:
-        """Totals of a batch through an engine that is not planned for are only looked at."""
-        return self.kind != "batch" or not self.run.engine.startswith("tensorrt")
-
-    @property
-    def is_scored(self) -> bool:
-        """This project's own machines help the fit, and are no test of it."""
-        return not self.run.publisher.startswith("qwenfit")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Those that its rate can depend on."""
-        run, found = self.run, ("read", "layer", "unpack")
-        found += ("dense", "expert", "pair") if self.kind == "prefill" else ("kv",)
-        if self.kind == "batch" or (run.backend == "cpu" and self.kind != "prefill"):
-            found += ("dense", "expert")
-        if run.tp > 1:
-            found += ("link", "wire")
-        if run.mtp and self.kind != "prefill":
-            found += ("acceptance", "decay", "draft", "dense", "expert")
-        return (*found, "host") if run.host_share else found
-
-    def predicted(self, logs: dict[str, float]) -> float:
-        factors = factors_of(logs)
-        return self.run.prefill(factors) if self.kind == "prefill" else self.run.decode(factors)
-
-
-def observations(runs: Iterable[Run]) -> list[Observation]:
-    """Every rate of every run; one publisher's many rows of a kind count as the root of their number."""
-    found: list[tuple[Run, str, float]] = []
-    for run in runs:
-        if run.decode_tokens_per_s:
-            found.append((run, _kind(run), run.decode_tokens_per_s))
-        if run.prefill_tokens_per_s:
-            found.append((run, "prefill", run.prefill_tokens_per_s))
-    counts: dict[tuple[str, str], int] = {}
-    for run, kind, _ in found:
-        counts[run.publisher, kind] = counts.get((run.publisher, kind), 0) + 1
-    return [Observation(run, kind, rate, counts[run.publisher, kind] ** -0.25) for run, kind, rate in found]
-
-
-def _kind(run: Run) -> str:
-    if run.batch > 1:
-        return "batch"
-    if run.host_share:
-        return "offload"
-    return "mtp" if run.mtp else "decode"
-
-
-def spread(kind: str, key: str) -> float:
-    return SPREAD[_level(key)] * (KIND_SPREAD.get(kind, 1.0) if key else 1.0)
-
-
-def _level(key: str) -> str:
-    if not key:
-        return "root"
-    for sign, level in (("|", "place"), ("~", "format"), ("=", "link")):
-        if sign in key:
-            return level
-    if "+" in key:
-        return "model"
-    return "group" if "/" in key else "backend"
-
-
-def fit(seen: Sequence[Observation], start: Terms | None = None, steps: int = STEPS) -> Terms:
-    """The terms' mode. `start`: terms to begin from."""
-    names = list(dict.fromkeys((kind, key) for one in seen for kind in one.kinds for key in one.run.keys))
-    names += [(kind, "") for kind in KINDS if (kind, "") not in names]
-    place = {name: index for index, name in enumerate(names)}
-    mean = np.array([START[kind] if not key else 0.0 for kind, key in names])
-    precision = np.array([spread(kind, key) ** -2 for kind, key in names])
-    theta = mean.copy()
-    if start:
-        theta = np.array([start[kind].get(key, START[kind] if not key else 0.0) for kind, key in names])
-    damping = 1e-3
-    cost, jacobian, errors, weights = _linearized(seen, names, place, theta, mean, precision)
-    for _ in range(steps):
-        scaled = jacobian * weights[:, None]
-        normal = scaled.T @ jacobian + np.diag(precision)
-        normal[np.diag_indices_from(normal)] *= 1 + damping
-        step = np.linalg.solve(normal, scaled.T @ errors + precision * (theta - mean))
-        step = np.clip(step, -1.0, 1.0)
-        trial = theta - step
-        found = _linearized(seen, names, place, trial, mean, precision)
-        if found[0] < cost:
-            gain, theta = cost - found[0], trial
-            cost, jacobian, errors, weights = found
-            damping = max(damping / 4, 1e-6)
-            if gain < 1e-4 * (1 + cost):
-                break
-        else:
-            damping = min(damping * 8, 1e6)
-    terms: Terms = {kind: {} for kind in KINDS}
-    for (kind, key), value in zip(names, theta, strict=True):
-        terms[kind][key] = float(value)
-    return terms
-
-
-def _linearized(seen, names, place, theta, mean, precision):
-    """Cost, jacobian, errors in units of their noise, and Huber's weights."""
-    width = 1e-4
-    errors, jacobian = np.zeros(len(seen)), np.zeros((len(seen), len(names)))
-    for index, one in enumerate(seen):
-        spots = {kind: [place[kind, key] for key in one.run.keys if (kind, key) in place] for kind in KINDS}
-        logs = {kind: float(theta[spots[kind]].sum()) for kind in KINDS}
-        sigma = NOISE[one.kind] / one.weight
-        here = log(one.predicted(logs) / one.measured)
-        errors[index] = here / sigma
-        for kind in one.kinds:
-            moved = log(one.predicted({**logs, kind: logs[kind] + width}) / one.measured)
-            if moved != here:
-                jacobian[index, spots[kind]] = (moved - here) / width / sigma
-    sizes = np.abs(errors)
-    weights = np.where(sizes > HUBER, HUBER / np.maximum(sizes, 1e-12), 1.0)
-    loss = np.where(sizes > HUBER, HUBER * (2 * sizes - HUBER), errors**2)
-    return loss.sum() + (precision * (theta - mean) ** 2).sum(), jacobian, errors, weights
-
-
-def error(one: Observation, terms: Terms) -> float:
-    """log(predicted / measured)."""
-    logs = {kind: total(terms[kind], one.run.keys) for kind in KINDS}
-    return log(one.predicted(logs) / one.measured)
-
-
-def held_out(seen: Sequence[Observation], group: Callable[[Run], str], start: Terms) -> list[float]:
-    """Error of each observation where its group was left out of the fit."""
-    found = [0.0] * len(seen)
-    for name in dict.fromkeys(group(one.run) for one in seen):
-        terms = fit([one for one in seen if one.is_fitted and group(one.run) != name], start, steps=8)
-        for index, one in enumerate(seen):
-            if group(one.run) == name:
-                found[index] = error(one, terms)
-    return found
+def held_out(
+    design: Design, group: Callable[[Run], str], rows: np.ndarray, loads: dict[str, np.ndarray]
+) -> list[float]:
+    """Error of each observation where its group was left out of the fit; that begins where the fit of `rows` ended."""
+    names = np.array([group(one.run) for one in design.seen])
+    fitted = np.array([one.is_fitted for one in design.seen])
+    found = np.zeros(len(names))
+    for name in dict.fromkeys(names):
+        rest, out = np.flatnonzero(fitted & (names != name)), np.flatnonzero(names == name)
+        kept = np.isin(rows, rest)
+        logs = design.logs(out, rest, design.fit(rest, {kind: loads[kind][kept] for kind in KINDS}))
+        found[out] = design.rates(out, logs)[0] - design.measured[out]
+    return [float(one) for one in found]
 
 
 def level(one: Observation, seen: Sequence[Observation]) -> str:
@@ -282,14 +131,19 @@ def cases(seen: Sequence[Observation]) -> list[list[object]]:
 
 def main() -> None:
     seen = observations(map(Run, speed_data.runs()))
-    terms = fit([one for one in seen if one.is_fitted])
-    pages, publishers = (held_out(seen, group, terms) for group in (attrgetter("page"), attrgetter("publisher")))
+    design = Design(seen)
+    fitted = np.flatnonzero([one.is_fitted for one in seen])
+    loads = design.fit(fitted)
+    terms = design.terms(fitted, loads)
+    by = attrgetter("page"), attrgetter("publisher")
+    pages, publishers = (held_out(design, group, fitted, loads) for group in by)
     kinds, levels = [one.kind for one in seen], [level(one, seen) for one in seen]
     scored = [index for index, one in enumerate(seen) if one.is_scored]
     columns = [[column[index] for index in scored] for column in (kinds, levels, pages)]
     covered = dict(zip(scored, inside(*columns, [seen[index].run.page for index in scored]), strict=True))
     table = widths(*columns)
-    groups = {key for one in seen if one.is_fitted for key in one.run.keys if "/" in key and not {"~", "+"} & set(key)}
+    keys = {key for one in seen if one.is_fitted for key in one.run.keys}
+    groups = {key for key in keys if "/" in key and not {"~", "+"} & set(key)}
     document = {
         "digest": digest(),
         "widths": table,
@@ -315,6 +169,10 @@ def main() -> None:
         for index, one in enumerate(seen)
     ]
     _write(HELD_OUT, {"digest": digest(), "rows": rows})
+
+
+def _kept(terms: dict[str, float]) -> dict[str, float]:
+    return {key: round(term, 4) for key, term in terms.items() if abs(term) >= 5e-4}
 
 
 def digest() -> str:
