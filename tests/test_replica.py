@@ -18,7 +18,7 @@ def test_vllm_shares_a_pool_of_blocks() -> None:
     detail = found.estimate.allocate(6000, one.limits.max_num_seqs).detail
     assert one.limits.block_tokens == one.reuse_tokens == 528 and one.limits.blocks_per_seq == 6
     assert one.limits.num_blocks == detail["num_blocks"] - 1  # type: ignore[operator]
-    assert one.limits.blocks(65536) <= one.limits.num_blocks
+    assert one.limits.num_blocks and one.limits.blocks(65536) <= one.limits.num_blocks
     assert found.estimate.shortfall_bytes(6000, one.limits.max_num_seqs) <= 0
     assert found.estimate.shortfall_bytes(6000, one.limits.max_num_seqs + 1) > 0
     for words in (
