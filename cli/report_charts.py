@@ -19,7 +19,7 @@ VARIABLES = {INK: "--ink", LINE: "--line", LIMIT: "--limit"} | {
     color: f"--series-{place}" for place, color in enumerate(SERIES, 1)
 }
 SIZE_INCHES = (4.6, 3.0)
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.family": "sans-serif",
     "font.size": 9,

@@ -60,7 +60,7 @@ def answer(found: Report) -> list[str]:
     question, load = found.question, found.question.workload
     asked = f"{load.users:,} users" if load.users is not None else f"{load.rate_per_s:,.6g} requests a second"
     who = " and ".join(f"{kind.replicas:,} x {kind.replica.devices}" for kind in found.kinds)
-    verb = "serve" if len(found.kinds) > 1 or found.kinds[0].replicas != 1 else "serves"
+    verb = "serve" if sum(kind.replicas for kind in found.kinds) > 1 else "serves"
     told = [f"{who} {verb if found.holds else 'cannot serve'} {asked} of {found.model} as promised."]
     told += [f"{'Why' if place == 0 else 'And'}: {reason}." for place, reason in enumerate(found.failures)]
     for kind in found.kinds:
