@@ -27,7 +27,7 @@ class Step(Protocol):
     """What `steps.StepTime` answers, in seconds."""
 
     def step_s(
-        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int
+        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int, /
     ) -> float: ...
 
 
