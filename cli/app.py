@@ -22,6 +22,7 @@ HELP = """Does it fit? The memory of a Qwen3.5 model as each engine allocates it
 """
 EPILOG = "Exit status: 0 it fits, 1 it does not fit, 2 no answer."
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+REPORTS = ("text", "html", "markdown", "json")
 CATALOG_FORMATS = tuple(form for form in FORMATS if form != "github")
 
 Wanted = Annotated[str, typer.Argument(metavar="[WORD]", help="only those with this in their name", show_default=False)]
@@ -51,6 +52,8 @@ def build(answer: Answer) -> typer.Typer:
     app.callback(invoke_without_command=True)(plan)
     app.command("devices", help="List the devices that have a profile.")(_devices)
     app.command("models", help="List the models that have a profile.")(_models)
+    app.command("matrix", help="Check a file of device x model x context against requirements, for CI.")(_matrix)
+    app.command("report", help="Write a capacity report: what a deployment serves, how fast, at what cost.")(_report)
     return app
 
 
@@ -74,18 +77,55 @@ def run(arguments: Sequence[str], answer: Answer) -> int:
 def _devices(wanted: Wanted = "", form: Form = "table", json: Json = False) -> None:
     from .catalogs import list_devices
 
-    list_devices(wanted, _catalog_format(form, json))
+    list_devices(wanted, _one_format(form, json, CATALOG_FORMATS, "a catalog"))
 
 
 def _models(wanted: Wanted = "", form: Form = "table", json: Json = False) -> None:
     from .catalogs import list_models
 
-    list_models(wanted, _catalog_format(form, json))
+    list_models(wanted, _one_format(form, json, CATALOG_FORMATS, "a catalog"))
 
 
-def _catalog_format(form: str, json: bool) -> str:
-    if form not in CATALOG_FORMATS:
-        raise BadInput(f"--format {form}: a catalog has {', '.join(CATALOG_FORMATS)}")
+def _matrix(
+    file: Annotated[str, typer.Argument(metavar="MATRIX.YAML", help="rows of device x model x context x sequences")],
+    against: Annotated[str, typer.Option("--against", metavar="OLD.JSON", help="fail only on what got worse")] = "",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="share by which memory may grow and speed fall before it is worse")
+    ] = 0.01,
+    save: Annotated[str, typer.Option("--save-json", metavar="FILE", help="write the JSON there too")] = "",
+    comment: Annotated[
+        str, typer.Option("--save-markdown", metavar="FILE", help="write Markdown there too, for a comment")
+    ] = "",
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=", ".join(FORMATS))] = "table",
+    json: Json = False,
+) -> None:
+    from .matrix import matrix
+
+    chosen = _one_format(form, json, FORMATS, "a matrix")
+    raise typer.Exit(matrix(file, chosen, against or None, tolerance, save or None, comment or None))
+
+
+def _report(
+    file: Annotated[str, typer.Argument(metavar="WORKLOAD.YAML", help="what is served, on what, what is promised")],
+    output: Annotated[
+        list[str] | None,
+        typer.Option("--output", metavar="FILE", help=".html, .md or .json, also several [default: WORKLOAD.html]"),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"of stdout: {', '.join(REPORTS)}")] = "text",
+    json: Json = False,
+) -> None:
+    from .report import capacity_report
+
+    if json and form not in ("text", "json"):
+        raise BadInput(f"--json and --format {form}: choose one")
+    if form not in REPORTS:
+        raise BadInput(f"--format {form}: a report has {', '.join(REPORTS)}")
+    raise typer.Exit(capacity_report(file, output or [], "json" if json else form))
+
+
+def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:
+    if form not in known:
+        raise BadInput(f"--format {form}: {what} has {', '.join(known)}")
     if json and form not in ("table", "json"):
         raise BadInput(f"--json and --format {form}: choose one")
     return "json" if json else form

@@ -16,16 +16,27 @@ def github(plan: Plan, notes: tuple[str, ...] = ()) -> str:
     summary = markdown(plan, notes)
     lines = [_verdict(plan), *(annotation("notice", note) for note in notes)]
     lines += [annotation("warning", warning) for warning in plan.best.warnings[:MAX_ANNOTATIONS]]
-    if not _append("GITHUB_STEP_SUMMARY", summary):
+    if not append("GITHUB_STEP_SUMMARY", summary):
         lines.append(summary)
-    _append("GITHUB_OUTPUT", "".join(f"{name}={clean(value)}\n" for name, value in _outputs(plan).items()))
+    append("GITHUB_OUTPUT", "".join(f"{name}={clean(value)}\n" for name, value in _outputs(plan).items()))
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def annotation(kind: str, message: str, title: str = "qwen-plan") -> str:
+def annotation(
+    kind: str, message: str, title: str = "qwen-plan", file: str | None = None, line: int | None = None
+) -> str:
     """A workflow command, with the escapes that its message and its properties need."""
-    name = _message(title).replace(":", "%3A").replace(",", "%2C")
-    return f"::{kind} title={name}::{_message(message)}"
+    properties = {"file": file, "line": line, "title": title}
+    told = ",".join(f"{name}={_property(str(value))}" for name, value in properties.items() if value is not None)
+    return f"::{kind} {told}::{_message(message)}"
+
+
+def place(message: str) -> tuple[str | None, int | None]:
+    """The file and line that a sentence about a YAML file begins with; (None, None) for any other."""
+    where, comma, rest = message.partition(", line ")
+    number = rest.partition(":")[0]
+    named = bool(comma) and where.lower().endswith((".yaml", ".yml")) and number.isascii() and number.isdigit()
+    return (where, int(number)) if named else (None, None)
 
 
 def _verdict(plan: Plan) -> str:
@@ -53,7 +64,8 @@ def _outputs(plan: Plan) -> dict[str, str]:
     }
 
 
-def _append(variable: str, text: str) -> bool:
+def append(variable: str, text: str) -> bool:
+    """Append to the file that an environment variable of the job names; False where it is not set."""
     path = os.environ.get(variable)
     if not path:
         return False
@@ -63,6 +75,10 @@ def _append(variable: str, text: str) -> bool:
     except OSError as error:
         raise BadInput(f"{variable}: cannot append to {path!r}: {error.strerror}") from error
     return True
+
+
+def _property(text: str) -> str:
+    return _message(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def _message(text: str) -> str:

@@ -74,9 +74,9 @@ def _failed(message: str, arguments: Sequence[str]) -> int:
 
         print_exc()
     if "github" in arguments or "--format=github" in arguments:
-        from .github import annotation
+        from .github import annotation, place
 
-        say(annotation("error", message))
+        say(annotation("error", message, "qwen-plan", *place(message)))
     else:
         say(f"qwen-plan: {clean(message)}")
     return 2

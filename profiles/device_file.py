@@ -21,7 +21,6 @@ accumulation. Without usable_*: 97 % of the memory of a discrete device, 75 % of
 
 import datetime
 import os
-import re
 import stat
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -34,6 +33,7 @@ from .device import Device
 from .errors import BadInput, UnknownName
 from .json_file import short
 from .names import nearest
+from .yaml_file import PlainLoader
 
 LIMIT_BYTES = 32 << 10
 LIMIT_BRACKETS = 100
@@ -144,7 +144,7 @@ def build(entry: dict[str, Any], where: str, path: str | None = None) -> Device:
 def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
     """The mapping in the YAML text. No aliases, no duplicate keys, no tags; `BadInput` begins with `where`."""
     try:
-        value = yaml.load(data.decode("utf-8-sig"), Loader=_PlainLoader)
+        value = yaml.load(data.decode("utf-8-sig"), Loader=PlainLoader)
     except UnicodeDecodeError as error:
         raise BadInput(f"{where}: not a text file (byte {error.start} is not UTF-8)") from None
     except yaml.MarkedYAMLError as error:
@@ -166,39 +166,6 @@ def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: holds {short(value)}, not `key: value` lines; see `qwen-plan devices` for a device to start from"
         )
     return value
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without what confuses or attacks: aliases (a bomb of nine lines), duplicate keys, types of YAML 1.1."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
-            if key.value in seen:
-                problem = f"the key {short(key.value)} occurs twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# As in the core schema of YAML 1.2: `on`, `no`, 1:30, 012 and 2026-11-22 are text.
-_PlainLoader.yaml_implicit_resolvers = {}
-for _type, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-):
-    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _read_bytes(path: str, where: str) -> bytes:
