@@ -189,8 +189,10 @@ def _refused(cell: Cell, reason: str) -> Verdict:
     return Verdict(cell, False, None, None, None, None, None, 0, 0, None, failures, ())
 
 
-def decode_tokens_per_s(best: EnginePlan) -> Interval:
-    """Of all sequences together, behind a short prompt: what `--json` says under `speed`."""
+def decode_tokens_per_s(best: EnginePlan) -> Interval | None:
+    """Of all sequences together, behind a short prompt: what `--json` says under `speed`; None where nobody knows."""
+    if best.speed is None:
+        return None
     rate = best.speed.start.decode_tokens_per_s
     return rate.low, rate.mid, rate.high
 

@@ -87,6 +87,7 @@ def test_longer_contexts_are_never_faster(ctx_tokens, seqs):
 
 def test_intervals_are_ordered_and_bounded_by_something():
     for one in plan(Request(devices=("rtx4090",), model="qwen3.5-35b-a3b")).plans:
+        assert one.speed is not None
         for rates in (one.speed.start, one.speed.full):
             for interval in (rates.decode_tokens_per_s, rates.prefill_tokens_per_s, rates.ttft_s):
                 assert 0 < interval.low < interval.mid < interval.high

@@ -62,11 +62,10 @@ def run_llm_compressor(source: str, sequences: Tensor, grid: Grid) -> dict[str, 
     from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in sequences.tolist()]
-    weights = QuantizationArgs(
-        num_bits=grid.bits, symmetric=grid.symmetric, strategy="group", group_size=grid.group_size
-    )
+    group: Any = "group"
+    weights = QuantizationArgs(num_bits=grid.bits, symmetric=grid.symmetric, strategy=group, group_size=grid.group_size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=model,

@@ -56,7 +56,7 @@ class Run:
     def partial(self) -> bool:
         return (self.work / ".out.partial").exists()
 
-    def start(self, *more: str) -> "subprocess.Popen[bytes]":
+    def start(self, *more: str) -> "subprocess.Popen[Any]":
         """The command, on one thread or two, as chance has it."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.draw.choice((1, 2)))}
         streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

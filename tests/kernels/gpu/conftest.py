@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the kernels need torch: pip install 'qwenfit[quant]'")
+pytest.importorskip("torch", reason="the kernels need torch: pip install 'qwenfit[quant]'")
+import torch
 
 
 @pytest.fixture
