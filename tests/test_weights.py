@@ -198,7 +198,8 @@ def test_ranks_that_do_not_divide(name: str, tp: int, sentence: str) -> None:
 
 
 def test_a_table_is_built_once_and_quickly() -> None:
-    """2 ms to build at most, 1 us when asked again: a sweep asks for thousands."""
+    """A sweep asks for thousands. 1 to 2 ms to build, and less than a microsecond when asked again, where it was measured;
+    the bounds are for a machine that has other work."""
     found, fmt = model("qwen3.5-397b-a17b"), weight_format("q4_k_m")
 
     def seconds(repeat: int, cold: bool) -> float:
@@ -213,6 +214,6 @@ def test_a_table_is_built_once_and_quickly() -> None:
             best = min(best, (time.perf_counter() - start) / repeat)
         return best
 
-    assert seconds(1, cold=True) < 2e-3
-    assert seconds(1000, cold=False) < 1e-6
+    assert seconds(1, cold=True) < 5e-3
+    assert seconds(1000, cold=False) < 2.5e-6
     assert weight_table(found, fmt, 2) is weight_table(found, fmt, 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qwenfit.kernels.runtime.memory import Settings, allocate
 from qwenfit.kernels.runtime.model import forward, prefill_step
 from qwenfit.quant.activations import Activations
 from qwenfit.quant.decoder import EXPERTS, DecoderLayer, Stream
+from qwenfit.quant.experts import Method
 from qwenfit.quant.layer_solver import LayerSolver
 from qwenfit.quant.modules import list_modules
 from qwenfit.quant.source import open_source
@@ -42,7 +44,8 @@ def test_hidden_states_are_those_of_the_runtime(
     hidden = Activations(COUNT * LENGTH, configuration.hidden_size)
     hidden[:] = weights.embedded(tokens)
     stream = Stream(hidden, LENGTH, folder=str(tmp_path) if in_files else None)
-    nothing = LayerSolver(weights, None, {}, torch.bfloat16, 0.01)  # type: ignore[arg-type]
+    recorder: Any = None  # there is nothing to record
+    nothing = LayerSolver(weights, recorder, {}, Method("gptq", torch.bfloat16, 0.01))
     for number in range(configuration.num_layers):
         layer = DecoderLayer(weights.layer(number), configuration, number)
         assert (EXPERTS in layer.stages) == (name == "qwen3_5_moe")
