@@ -198,7 +198,7 @@ def test_ranks_that_do_not_divide(name: str, tp: int, sentence: str) -> None:
 
 
 def test_a_table_is_built_once_and_quickly() -> None:
-    """A sweep asks for thousands. 1 to 2 ms to build, and less than a microsecond when asked again, where it was measured;
+    """A sweep asks for thousands. 1 to 2 ms to build and less than a microsecond when asked again, where measured;
     the bounds are for a machine that has other work."""
     found, fmt = model("qwen3.5-397b-a17b"), weight_format("q4_k_m")
 
