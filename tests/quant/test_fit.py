@@ -14,9 +14,11 @@ from qwenfit.profiles.model_catalog import model
 from qwenfit.quant import Recipe, Rule, quantize
 from qwenfit.quant import fit as fit_module
 from qwenfit.quant.fit import Goal, fit, plan_of
+from qwenfit.quant.layout import lay_out
 from qwenfit.quant.module_rules import fused_with
 from qwenfit.quant.sensitivity import Sensitivity
 from qwenfit.quant.shards import Entry, draft_shards
+from qwenfit.quant.source import open_source
 
 DATA = Path(__file__).parent.parent / "data"
 SMALL = Recipe(group_size=32, tokens=512, sequence_tokens=128)
@@ -68,7 +70,7 @@ def test_real_shapes_on_a_real_card(empty_9b: str, form: str) -> None:
     assert gains == sorted(gains, reverse=True)
     first_out = next(group for group in fitted.sensitivities if group not in fitted.raised)
     more = fit_module.raised(fitted.recipe, [first_out])
-    layout = fit_module.lay_out(fit_module.open_source(empty_9b), more)
+    layout = lay_out(open_source(empty_9b), more)
     goal = Goal("rtx3060", 131072, 1, fitted.plan.engine, fitted.plan.kv_dtype)
     worse = fit_module._planned(layout, goal)
     assert not worse.fits or worse.tight
