@@ -74,6 +74,11 @@ class VllmEstimate:
     def _inside_bytes(self, batch: int, seqs: int, bound: int) -> int:
         return int(self._active_bytes(batch, seqs, bound)) + int(self._graph_bytes(seqs, bound))
 
+    def profiled(self, ctx_tokens: int, seqs: int) -> Amount:
+        """Activations that vLLM's own profile run sees: what the budget holds beside weights, graphs and cache."""
+        choice, _, _ = self._chosen(ctx_tokens, seqs)
+        return _amount(tuple(self._active_bytes(choice.batch, seqs, bound) for bound in (LOW, MID, HIGH)))
+
     def _outside_bytes(self, station: Station, batch: int, bound: int) -> int:
         return int(station.outside[bound]) + int(self.activations[batch].unprofiled[bound])
 
