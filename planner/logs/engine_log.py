@@ -1,6 +1,6 @@
 """An engine's boot log as data: what was allocated where, with which settings, and how the boot ended.
 
-    read_log_file("vllm.log").parts[0]      # LoggedPart("weights", "device0", 16106127360, 5368710, "Model loading ...")
+    read_log_file("vllm.log").parts[0]  # LoggedPart("weights", "device0", 16106127360, 5368710, "Model loading ...")
 
 Of several boots in one log the last complete one is read. What a line rounds away is `resolution_bytes`.
 """
