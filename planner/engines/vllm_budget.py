@@ -54,6 +54,7 @@ class VllmEstimate:
     batches: tuple[int, ...]  # prefill batches to choose from, the preferred one first
     activations: tuple[Activations, ...]  # one per batch
     row_bytes: Bounds  # the sampler's, per sequence
+    graph_bytes_per_capture: Bounds
     largest_capture: int  # tokens; 0: no graphs
     default_thousandths: int  # of the device, the version's default
     fixed_thousandths: int | None  # what the asker wants
@@ -64,7 +65,7 @@ class VllmEstimate:
         if not self.largest_capture:
             return 0.0
         captures = scratch.captures(seqs, self.setup.mtp, self.largest_capture)
-        return captures * scratch.CONSTANTS.graph_bytes_per_capture[bound]
+        return captures * self.graph_bytes_per_capture[bound]
 
     def _active_bytes(self, batch: int, seqs: int, bound: int) -> float:
         """Peak of encoder, layers and sampler, which come one after another, and what is held throughout."""
