@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from ..profiles.errors import BadInput
-from ..profiles.frozen import replace
 from .completion import completer
 from .options import FORMATS, OPTIONS, Option, Values
 from .output import clean, say, write
@@ -160,12 +159,11 @@ def _receipt(
     from .receipt import show_receipt
 
     values: Values = {name: value for name, value in given.items() if value is not None}
-    request = asked(values).request
-    if "devices" not in values:
-        request = replace(request, devices=())
     form = "json" if json else "text"
-    engine = request.engine
-    raise typer.Exit(show_receipt(log, request, engine, tolerance, output or None, form, date or None, source or None))
+    request = asked(values).request
+    raise typer.Exit(
+        show_receipt(log, request, values.keys(), tolerance, output or None, form, date or None, source or None)
+    )
 
 
 def _calibrate(

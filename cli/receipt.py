@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Collection
 from json import dumps
 from time import strftime
 
@@ -23,24 +24,25 @@ PLANNED_FACTS = {"state_slots": "max_mamba_cache_size"}
 
 def show_receipt(
     path: str,
-    given: Request,
-    engine: str | None,
+    request: Request,
+    given: Collection[str],
     tolerance: float,
     output: str | None,
     form: str,
     date: str | None,
     source: str | None,
 ) -> int:
-    """The exit status. `output` is a file for the receipt; `form` is what stdout gets: text or json."""
+    """The exit status. Fields of the request that are named in `given` count more than the log's words; `output` is a
+    file for the receipt, `form` what stdout gets: text or json."""
     from importlib.metadata import version
 
     from ..planner.receipt_file import text as file_text
 
     if not 0 <= tolerance < 1:
         raise BadInput(f"--tolerance {tolerance:g}: give a share of at least 0 and less than 1, such as 0.05")
-    log = read_log_file(path, engine)
-    request, notes = asked(log, given)
-    plan = _plan(request)
+    log = read_log_file(path, request.engine)
+    resolved, notes = asked(log, request, given)
+    plan = _plan(resolved)
     made = receipt(plan, log, _date(date), version("qwenfit"), source)
     within = not log.died and worst_error(made.scores) <= tolerance
     if output:
@@ -111,7 +113,14 @@ def _row(one: PartScore) -> tuple[str, ...]:
     within = "yes" if one.within else "no"
     place = "" if one.part != TOTAL else "total"
     name = one.part.replace("_", " ").replace("+", " + ") if not place else "total"
-    return one.place, name, f"{mark}{_size(one.planned.mid)}", _size(one.measured_bytes), f"{one.error:+.1%}", within
+    return (
+        one.place,
+        name,
+        f"{mark}{_size(one.planned.mid)}",
+        _size(one.measured_bytes),
+        f"{round(one.error, 4) + 0:+.1%}",
+        within,
+    )
 
 
 def _size(amount_bytes: int) -> str:

@@ -12,7 +12,7 @@ from ..profiles.yaml_file import read_yaml
 from .calibration import LARGEST_FACTOR, LARGEST_SPREAD, PARTS, Calibration, Factor
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-HEAD = """# Estimated constants refitted from receipts (`qwen-plan calibrate`); `qwen-plan --calibration FILE` plans with them.
+HEAD = """# Estimated constants as receipts have them: made by `qwen-plan calibrate`, for `qwen-plan --calibration FILE`.
 # factor: what the built-in constants of a part are multiplied by; low and high: the interval, as shares of its middle.
 """
 
@@ -44,9 +44,7 @@ def read_calibration(path: str) -> Calibration:
     factors: list[Factor] = []
     for place, one in enumerate(checked.factors):
         if one.part not in PARTS[one.engine]:
-            raise document.error(
-                ("factors", place), f"{one.engine} computes its {one.part} exactly: there is no factor"
-            )
+            raise document.error(("factors", place), f"{one.engine} computes its {one.part} exactly: no factor for it")
         key = one.engine, one.part, one.versions, one.architecture
         if key in seen:
             raise document.error(("factors", place), f"{' '.join(filter(None, key))} has a factor already")

@@ -6,10 +6,11 @@ What the asker leaves out is taken from the log (`asked`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..profiles.device import Device
+from ..profiles.device_names import device
 from ..profiles.errors import BadInput, UnknownName, Unsupported
 from ..profiles.formats import weight_format
 from ..profiles.frozen import dataclass, fields, replace
@@ -155,53 +156,67 @@ def rescored(made: Receipt, calibration: Any = None) -> tuple[PartScore, ...] | 
     return score(plan, made.log) if plan else None
 
 
-def asked(log: EngineLog, given: Request, weights_of: str | None = None) -> tuple[Request, tuple[str, ...]]:
-    """The request behind a log: what is `given` (None or the class's default: not given), and the log's own words for
-    the rest, with notes on what was taken. Raises BadInput where neither says it."""
-    settings, notes = log.settings, []
-    name = given.model if given.model != Request().model else _model_of(log)
-    chosen = model(name)
-    engine, version_note = _engine(log, given.engine)
-    seqs, seqs_notes = _seqs(log)
-    ctx_tokens = integer(settings, "ctx_tokens")
-    if given.ctx_tokens == Request().ctx_tokens and ctx_tokens is None:
+def asked(log: EngineLog, request: Request, given: Collection[str]) -> tuple[Request, tuple[str, ...]]:
+    """The request behind a log: of `request` the fields that are named in `given`, the rest in the log's own words,
+    with notes on what was taken. Raises BadInput where neither says it."""
+    settings = log.settings
+    name = request.model if "model" in given else _model_of(log)
+    devices = request.devices if "devices" in given else _devices_of(log)
+    engine, notes = _engine(log, request.engine)
+    seqs, told = _seqs(log)
+    found: dict[str, object] = {
+        "ctx_tokens": integer(settings, "ctx_tokens"),
+        "seqs": seqs,
+        "kv_dtype": text_of(settings, "kv_dtype"),
+        "state_dtype": _state_dtype(settings),
+        "mtp": integer(settings, "mtp"),
+        "vision": _vision(log, name),
+        "tp": integer(settings, "tp"),
+        "pp": integer(settings, "pp") if log.engine in ("vllm", "sglang") else None,
+    }
+    if "weights" not in given:
+        chosen = model(name)
+        found["weights"] = None if chosen.path or chosen.stored else _weights_of(log, name)
+    changes: dict[str, Any] = {key: value for key, value in found.items() if value is not None and key not in given}
+    if "ctx_tokens" not in given and "ctx_tokens" not in changes:
         raise BadInput("the log does not say how long its context is: give --ctx")
-    if not given.devices:
-        raise BadInput("the log does not say on which device it was written: give --gpu")
-    weights = given.weights or (None if chosen.path or chosen.stored else _weights_of(log, name))
-    options = given.options
+    options = {key: value for key, value in _options(log).items() if key not in given}
+    asked_for = replace(
+        request, model=name, devices=devices, engine=engine, options=replace(request.options, **options), **changes
+    )
+    return asked_for, (*notes, *(() if "seqs" in given else told))
+
+
+def _options(log: EngineLog) -> dict[str, Any]:
+    settings = log.settings
     taken = {
         "gpu_memory_utilization": settings.get("gpu_memory_utilization"),
         "max_num_batched_tokens": integer(settings, "max_num_batched_tokens"),
         "ubatch_tokens": integer(settings, "ubatch_tokens"),
+        "prefix_caching": settings.get("prefix_caching"),
+        "cuda_graphs": False if settings.get("eager") is True else None,
     }
-    changes: dict[str, Any] = {
-        key: value for key, value in taken.items() if value is not None and getattr(options, key) is None
-    }
-    if isinstance(settings.get("prefix_caching"), bool) and options.prefix_caching:
-        changes["prefix_caching"] = settings["prefix_caching"]
-    if settings.get("eager") is True:
-        changes["cuda_graphs"] = False
-    vision = given.vision
-    if vision is None and log.engine == "vllm" and chosen.has_vision:
-        vision = settings.get("text_only") is not True
-    request = replace(
-        given,
-        model=name,
-        ctx_tokens=given.ctx_tokens if given.ctx_tokens != Request().ctx_tokens else ctx_tokens or 0,
-        seqs=given.seqs if given.seqs != 1 else seqs,
-        engine=engine,
-        weights=weights,
-        kv_dtype=given.kv_dtype or text_of(settings, "kv_dtype"),
-        state_dtype=given.state_dtype or _state_dtype(settings),
-        mtp=given.mtp or integer(settings, "mtp") or 0,
-        vision=vision,
-        tp=given.tp or integer(settings, "tp"),
-        pp=given.pp or integer(settings, "pp"),
-        options=replace(options, **changes),
-    )
-    notes += [*version_note, *(seqs_notes if given.seqs == 1 else ())]
-    return request, tuple(notes)
+    if settings.get("device_kind") == "cpu":
+        taken["gpu_memory_utilization"] = None  # its CPU backend is told the cache's size
+    return {key: value for key, value in taken.items() if value is not None}
+
+
+def _vision(log: EngineLog, name: str) -> bool | None:
+    """vLLM loads the tower unless told otherwise; what the others load is for the asker to say."""
+    if log.engine != "vllm" or not model(name).has_vision:
+        return None
+    return log.settings.get("text_only") is not True
+
+
+def _devices_of(log: EngineLog) -> tuple[str, ...]:
+    """Profiles by the names that the log gives its devices."""
+    names = log.settings.get("devices")
+    if isinstance(names, str) and names:
+        try:
+            return tuple(device(name).name for name in names.split("; "))
+        except (UnknownName, BadInput):
+            raise BadInput(f"the log was written on {redact(names)}, which has no profile: give --gpu") from None
+    raise BadInput("the log does not say on which device it was written: give --gpu")
 
 
 def _model_of(log: EngineLog) -> str:

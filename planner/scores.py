@@ -67,10 +67,18 @@ def at_boot(plan: EnginePlan, place: str) -> Memory | None:
         return None
     memory = plan.devices[int(number)].memory
     if isinstance(plan.estimate, VllmEstimate):
-        return _with(memory, activation=plan.estimate.profiled(plan.ctx_tokens, plan.seqs))
+        return _profiled(memory, plan.estimate.profiled(plan.ctx_tokens, plan.seqs))
     if not memory.recurrent_state.exact:  # copies that llama-server makes while it reads prompts
         return _with(memory, recurrent_state=exactly(memory.recurrent_state.low))
     return memory
+
+
+def _profiled(memory: Memory, active: Amount) -> Memory:
+    """vLLM on a GPU: the pool is what the budget leaves, and so as uncertain as what stands beside it."""
+    pool, graph = memory.kv_cache, memory.graph
+    more = active.mid - active.low + graph.mid - graph.low
+    less = active.high - active.mid + graph.high - graph.mid
+    return _with(memory, activation=active, kv_cache=Amount(max(0, pool.low - less), pool.mid, pool.high + more))
 
 
 def worst_error(scores: Iterable[PartScore]) -> float:

@@ -54,7 +54,8 @@ class PartFormat:
 
 @dataclass(frozen=True, slots=True)
 class WordFormat:
-    """A line that says a setting or another figure. Group `value`; `kind` is int, float, bool, text or bytes."""
+    """A line that says a setting or another figure. Group `value`; `kind` is int, float, bool, text, bytes, or list (of
+    texts, in the order of their lines)."""
 
     needle: str
     pattern: re.Pattern[str]

@@ -138,6 +138,11 @@ class _Boot:
         key = (form.setting, form.key)
         if form.first and key in self.words:
             return
+        if form.kind == "list":
+            before = self.words.get(key)
+            told = text.strip()[:80]
+            self.words[key] = f"{before}; {told}" if before else told
+            return
         try:
             self.words[key] = word(text.strip(), form.kind, form.unit)
         except (ValueError, OverflowError):

@@ -124,6 +124,12 @@ WORDS = (
         kind="text",
         first=True,
     ),
+    WordFormat(
+        "Device ",
+        re.compile(r"Device \d{1,2}: (?P<value>[A-Z][\w .()-]{2,60}), (?:compute capability|gfx|VMM)"),
+        "devices",
+        kind="list",
+    ),
     words("file type   = ", "file_type", r"(?P<value>[\w() .-]{1,60})", kind="text", first=True),
     words("model ftype      = ", "file_type", r"(?P<value>[\w() .-]{1,60})", kind="text", first=True),
     WordFormat("n_ctx ", re.compile(r": n_ctx\s{1,20}= (?P<value>\d{1,9})"), "n_ctx", setting=False, first=True),
