@@ -12,7 +12,7 @@ from ..profiles.yaml_file import read_yaml
 from .calibration import LARGEST_FACTOR, LARGEST_SPREAD, PARTS, Calibration, Factor
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-HEAD = """# Estimated constants as receipts have them: made by `qwen-plan calibrate`, for `qwen-plan --calibration FILE`.
+HEAD = """# Estimated constants, refitted from receipts by `qwen-plan calibrate`, for `qwen-plan --calibration FILE`.
 # factor: what the built-in constants of a part are multiplied by; low and high: the interval, as shares of its middle.
 """
 

@@ -221,7 +221,7 @@ def _devices_of(log: EngineLog) -> tuple[str, ...]:
 
 def _model_of(log: EngineLog) -> str:
     """A catalog name in what the log calls the model or its file."""
-    told = [name for name in (log.model, text_of(log.settings, "file")) if name]
+    told = [told for told in (log.model, text_of(log.settings, "file")) if told]
     known = {one.name for one in models()}
     for name in told:
         found = _SIZE.search(name)

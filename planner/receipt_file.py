@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..profiles.device_file import build
+from ..profiles.device import Device
+from ..profiles.device_file import Entry
 from ..profiles.errors import BadInput
 from ..profiles.json_file import read_json_object, short
 from .logs.dialect import LoggedPart
@@ -99,6 +100,12 @@ class _Score(_Strict):
     within: bool
 
 
+class _Device(Entry):
+    """A profile, also of a machine whose bandwidth nobody knows."""
+
+    memory_bandwidth_bytes_per_s: Annotated[int, Field(ge=0, le=10**15)]
+
+
 class _Receipt(_Strict):
     schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
     kind: Literal["receipt"]
@@ -106,7 +113,7 @@ class _Receipt(_Strict):
     qwenfit: Text
     source: Text | None
     request: _Request
-    devices: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1024)]
+    devices: Annotated[list[_Device], Field(min_length=1, max_length=1024)]
     command: Annotated[str, Field(max_length=4000)]
     log: _Log
     scores: Annotated[list[_Score], Field(max_length=20_000)]
@@ -146,7 +153,7 @@ def from_json(told: dict[str, Any], where: str) -> Receipt:
         qwenfit=checked.qwenfit,
         source=checked.source,
         request=Request(**{**fields, "devices": tuple(request.devices), "options": Options(**fields["options"])}),
-        devices=tuple(build(dict(one), where) for one in checked.devices),
+        devices=tuple(Device(**one.model_dump()) for one in checked.devices),
         command=checked.command,
         log=EngineLog(
             engine=log.engine,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from ...profiles.frozen import dataclass
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
+UNITS = {"B": 1, "bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
 NUMBER = r"-?\d{1,40}(?:\.\d{1,12})?"
 PARTS = ("weights", "kv_cache", "recurrent_state", "activation", "graph", "runtime")
 
@@ -49,6 +49,7 @@ class PartFormat:
     decimals: int = 0  # at least so many stand behind the point, or were rounded away there
     covers: tuple[str, ...] = ()
     again: str = "replace"
+    after_ready: bool = False  # earlier ones are forecasts
     group: str = ""  # lines of one group replace each other; by default each needle is its own
 
 
@@ -75,6 +76,7 @@ class Dialect:
     starts: tuple[str, ...]  # a new boot begins, if the one before has said anything of memory
     contexts: tuple[str, ...]  # a further context of the same process: its lines are added to those of the first
     ready: tuple[str, ...]
+    death_words: tuple[str, ...]  # one of them stands in every line of `deaths`
     deaths: tuple[re.Pattern[str], ...]  # the engine's own sentence when memory runs out
     parts: tuple[PartFormat, ...]
     words: tuple[WordFormat, ...]

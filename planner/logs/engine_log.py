@@ -5,14 +5,16 @@
 Of several boots in one log the last complete one is read. What a line rounds away is `resolution_bytes`.
 """
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from ...profiles.errors import BadInput
 from ...profiles.frozen import dataclass, field
 from . import llamacpp_log, ollama_log, sglang_log, vllm_log
 from .dialect import UNITS, Dialect, LoggedPart, PartFormat, Rank, WordFormat, integer, text_of, word
 from .log_file import LogText, read_log_text, text_lines
-from .redaction import model_name, redact
+from .redaction import file_name, model_name, redact
 
 DIALECTS = {
     dialect.engine: dialect
@@ -54,10 +56,11 @@ def read_log(text: str, engine: str | None = None) -> EngineLog:
 
 
 def _read(log: LogText, engine: str | None, where: str) -> EngineLog:
-    dialect = _dialect(log.lines, engine, where)
-    boots = [boot for boot in _boots(dialect, log.lines, where) if boot.says_something]
+    pages = _Pages(log.lines)
+    dialect = _dialect(pages, engine, where)
+    boots = [boot for boot in _boots(dialect, pages, where) if boot.says_something]
     if not boots:
-        raise BadInput(_nothing(dialect, log.lines, where))
+        raise BadInput(_nothing(dialect, where))
     complete = [place for place, boot in enumerate(boots) if boot.complete]
     chosen = complete[-1] if complete else len(boots) - 1
     notes: list[str] = []
@@ -74,17 +77,14 @@ def _kind(complete: list[int]) -> str:
     return "complete one" if complete else "of which none is complete"
 
 
-def _dialect(lines: tuple[str, ...], engine: str | None, where: str) -> Dialect:
+def _dialect(pages: "_Pages", engine: str | None, where: str) -> Dialect:
     if engine is not None:
         name = engine.partition("@")[0].strip().lower()
         found = DIALECTS.get(READ_AS.get(name, name))
         if found is None:
             raise BadInput(f"no boot log of {redact(engine)} is known: there are {', '.join(DIALECTS)}")
         return found
-    hits = dict.fromkeys(DIALECTS, 0)
-    for line in lines:
-        for name, dialect in DIALECTS.items():
-            hits[name] += any(mark in line for mark in dialect.marks)
+    hits = {name: len(pages.holding(dialect.marks)) for name, dialect in DIALECTS.items()}
     best = max(hits, key=lambda name: hits[name])
     if not hits[best]:
         raise BadInput(
@@ -94,7 +94,7 @@ def _dialect(lines: tuple[str, ...], engine: str | None, where: str) -> Dialect:
     return DIALECTS["ollama"] if best == "llama.cpp" and hits["ollama"] else DIALECTS[best]
 
 
-def _nothing(dialect: Dialect, lines: tuple[str, ...], where: str) -> str:
+def _nothing(dialect: Dialect, where: str) -> str:
     sentence = f"{where} has no line in which {dialect.engine} says how much memory it took"
     if dialect.engine in ("llama.cpp", "ollama"):
         return f"{sentence}: start llama-server with -lv 4, for newer builds are silent about it otherwise"
@@ -156,7 +156,7 @@ class _Boot:
         file = settings.pop("file", None)
         settings.pop("version", None)
         settings.pop("model", None)
-        if isinstance(file, str) and (name := model_name(file)):
+        if isinstance(file, str) and (name := file_name(file)):
             settings["file"] = name
         return EngineLog(
             engine=engine,
@@ -213,17 +213,39 @@ def _numbers(ranks: list[Rank], settings: Mapping[str, object]) -> dict[Rank, in
     return {rank: (rank[0] * stages + rank[1]) * tensor + rank[2] for rank in ranks}
 
 
-def _boots(dialect: Dialect, lines: tuple[str, ...], where: str) -> list[_Boot]:
+class _Pages:
+    """Lines that hold words, found in all of them at once: of millions of lines an engine's boot is a few hundred."""
+
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        self.lines = lines
+        self.text = "\n".join(lines)
+        self.ends = list(accumulate(len(line) + 1 for line in lines))
+
+    def holding(self, words: Iterable[str]) -> set[int]:
+        """Numbers of the lines that hold one of the words."""
+        found: set[int] = set()
+        for wanted in set(words):
+            at = self.text.find(wanted)
+            while at >= 0:
+                number = bisect_right(self.ends, at)
+                found.add(number)
+                at = self.text.find(wanted, self.ends[number])
+        return found
+
+
+def _boots(dialect: Dialect, pages: _Pages, where: str) -> list[_Boot]:
     boots = [_Boot(dialect)]
-    for line in lines:
-        boot = boots[-1]
+    needles = {form.needle for form in (*dialect.parts, *dialect.words)}
+    needles |= {*dialect.starts, *dialect.contexts, *dialect.ready, *dialect.death_words}
+    for number in sorted(pages.holding(needles)):
+        line, boot = pages.lines[number], boots[-1]
         if boot.says_something and any(start in line for start in dialect.starts):
             boot = _Boot(dialect)
             boots.append(boot)
         if any(mark in line for mark in dialect.contexts):
             boot.context += 1
         for form in dialect.parts:
-            if form.needle in line:
+            if form.needle in line and (boot.ready or not form.after_ready):
                 match = form.pattern.search(line)
                 if match:
                     figure = _figure(dialect, form, match.groupdict(), match[0], line, boot.context, where)
@@ -234,7 +256,7 @@ def _boots(dialect: Dialect, lines: tuple[str, ...], where: str) -> list[_Boot]:
                 match = form.pattern.search(line)
                 if match:
                     boot.note(form, match["value"])
-        if "emory" in line or "allocat" in line or "failed" in line or "exceeds" in line:
+        if any(word in line for word in dialect.death_words):
             for pattern in dialect.deaths:
                 match = pattern.search(line)
                 if match:
@@ -262,7 +284,7 @@ def _figure(
     if sum(amounts) > ABSURD_BYTES:
         raise BadInput(f"{where} says {sum(amounts):.3g} bytes of {form.part}, which no machine has: it is no real log")
     steps = [unit / 10 ** max(form.decimals, len(text.partition(".")[2])) for text in numbers]
-    if unit == 1:
+    if unit == 1:  # whole bytes
         steps = [0.0]
     return _Figure(
         form,

@@ -110,6 +110,7 @@ PARTS = (
         versions="October 2025 to b11434, when the server ends",
         source="common/fit.cpp common_memory_breakdown_print",
         unit=MIB,
+        after_ready=True,
     ),
 )
 WORDS = (
@@ -168,6 +169,7 @@ WORDS = (
         unit=MIB,
     ),
 )
+DEATH_WORDS = ("out of memory", "allocate", "allocation of size", "OutOfMemory")
 DEATHS = (
     re.compile(r"allocating [\d.]{1,20} MiB on device \d{1,3}: cudaMalloc failed: out of memory"),
     re.compile(r"(?:unable to allocate|failed to allocate) [\w.]{1,40} buffer(?: of size \d{1,20})?"),
@@ -193,6 +195,7 @@ DIALECT = Dialect(
     starts=("print_info: build ", "build: ", "build_info: ", "llama_server: initializing", "main: loading model"),
     contexts=("llama_context: constructing", "llama_new_context_with_model: n_ctx "),
     ready=("model loaded", "server is listening", "llama_server: listening", "warming up the model"),
+    death_words=DEATH_WORDS,
     deaths=DEATHS,
     parts=PARTS,
     words=WORDS,

@@ -17,6 +17,7 @@ from ...profiles.errors import BadInput
 END_BYTES = 4 << 20  # read at the beginning and at the end
 PIPE_LIMIT_BYTES = 256 << 20  # of standard input: what comes from a pipe cannot be skipped
 CHUNK_BYTES = 1 << 16
+SHORTEST_LINE = 8  # characters: no engine says anything in fewer
 LINE_LIMIT = 32 << 10  # characters; vLLM and SGLang print their settings in one line of up to 10,000
 STRANGE_SHARE = 0.05  # of characters, from which on a file is no text
 
@@ -66,7 +67,7 @@ def clean_lines(first: bytes, last: bytes, skipped_bytes: int, where: str) -> Lo
     for place, data in enumerate((first, last)):
         if data:
             text = _text(data, codec, where)
-            found = [line for line in text.split("\n") if line and not line.isspace()]
+            found = _lines(text)
             lines += found[1:] if place and skipped_bytes else found  # the end may begin in the middle of a line
     if not lines:
         raise BadInput(f"{where} holds no text")
@@ -75,8 +76,11 @@ def clean_lines(first: bytes, last: bytes, skipped_bytes: int, where: str) -> Lo
 
 def text_lines(text: str) -> tuple[str, ...]:
     """The lines of a text that is already decoded."""
-    found = text[: 2 * END_BYTES].replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return tuple(_clean(line) for line in found if line and not line.isspace())
+    return tuple(map(_clean, _lines(text[: 2 * END_BYTES].replace("\r\n", "\n").replace("\r", "\n"))))
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if len(line) >= SHORTEST_LINE and not line.isspace()]
 
 
 def _piped(stream: BinaryIO) -> tuple[bytes, bytes, int]:
@@ -116,6 +120,8 @@ def _text(data: bytes, codec: str, where: str) -> str:
     if codec == "utf-8":
         data = data.replace(b"\0", b"")  # a rotated file begins with a hole
     text = data.decode(codec, "replace").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip("\n\t \0"):
+        return ""
     sample = text[:CHUNK_BYTES] + text[-CHUNK_BYTES:]
     if len(_STRANGE.findall(sample)) > STRANGE_SHARE * len(sample):
         raise BadInput(f"{where} is not a text file: give what the engine printed while it started")

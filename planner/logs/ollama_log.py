@@ -8,7 +8,7 @@ which are finer and count where they stand.
 import re
 
 from .dialect import NUMBER, Dialect, PartFormat, WordFormat, no_rank, words
-from .llamacpp_log import DEATHS, PARTS, WORDS, derive, place
+from .llamacpp_log import DEATH_WORDS, DEATHS, PARTS, WORDS, derive, place
 from .llamacpp_log import DIALECT as LLAMACPP
 
 _AT = r"(?:device|buffer|backend)=(?P<place>\w{1,24})(?: buffer_type=\w{1,24})?"
@@ -45,6 +45,7 @@ DIALECT = Dialect(
     starts=('msg="starting runner"', 'msg="starting llama server"', "Operation:commit", *LLAMACPP.starts),
     contexts=LLAMACPP.contexts,
     ready=("llama runner started in", 'msg="llama runner started', *LLAMACPP.ready),
+    death_words=("requires more system memory", "memory layout", *DEATH_WORDS),
     deaths=(
         re.compile(r"model requires more system memory \([^)]{1,40}\) than is available \([^)]{1,40}\)"),
         re.compile(r"memory layout cannot be allocated.{0,160}"),

@@ -14,7 +14,7 @@ _RULES = (
     (re.compile(r"\b[a-z][a-z0-9+.-]{1,10}://[^\s'\"<>)]{1,300}"), "URL"),
     (re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}(?::\d{1,5})?\b"), "ADDRESS"),
     (re.compile(r"\[?(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{1,4}\]?(?::\d{1,5})?"), "ADDRESS"),
-    (re.compile(r"(?:[A-Za-z]:\\|~/|\.{1,2}/|/)(?:[^\s'\",:;()<>|]{1,200})"), "PATH"),
+    (re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|~/|\.{1,2}/|/)(?:[^\s'\",:;()<>|]{1,200})"), "PATH"),
     (re.compile(r"\bGPU-[0-9a-fA-F-]{8,40}\b"), "GPU-ID"),
 )
 _CACHED = re.compile(r"models--([\w.-]{1,96})--([\w.-]{1,96})")
@@ -28,6 +28,12 @@ def redact(text: str) -> str:
         text = pattern.sub(instead, text)
     text = "".join(char for char in text if char.isprintable())
     return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "..."
+
+
+def file_name(text: str) -> str | None:
+    """The last part of a path."""
+    name = text.strip().strip("'\"").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return "".join(char for char in name if char.isalnum() or char in "._-+")[:120] or None
 
 
 def model_name(text: str) -> str | None:

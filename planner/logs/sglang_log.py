@@ -8,12 +8,14 @@ import re
 
 from .dialect import GIB, NUMBER, Dialect, LoggedPart, PartFormat, Rank, WordFormat, device_place, words
 
+_STAMP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d([A-Z0-9 ]{0,40})\]")
 _AXES = {axis: re.compile(rf"\b{axis}(\d{{1,4}})\b") for axis in ("DP", "PP", "TP")}
 _MEM = rf"mem usage ?= ?(?P<a>{NUMBER}) ?GB"
 
 
 def _rank(line: str) -> Rank:
-    head = line[:400].partition("]")[0]
+    stamp = _STAMP.search(line[:2000])
+    head = stamp[1] if stamp else ""
     data, pipeline, tensor = (int(found[1]) if (found := axis.search(head)) else 0 for axis in _AXES.values())
     return data, pipeline, tensor
 
@@ -42,6 +44,7 @@ DIALECT = Dialect(
     starts=("server_args=",),
     contexts=(),
     ready=("The server is fired up and ready to roll", "max_total_num_tokens="),
+    death_words=("out of memory", "Not enough memory", "graph failed", "weights failed"),
     deaths=(
         re.compile(r"(?:torch\.)?(?:cuda\.)?OutOfMemoryError: (?:CUDA|HIP) out of memory.{0,300}"),
         re.compile(r"Not enough memory[.;] [Pp]lease try.{0,200}"),
