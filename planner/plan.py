@@ -304,6 +304,9 @@ def _request_json(plan: Plan) -> dict[str, object]:
         "vision": best.vision,
         "tp": request.tp,
         "pp": request.pp,
-        "options": {name: getattr(options, name) for name in options.__slots__},
+        "options": {
+            **{name: getattr(options, name) for name in options.__slots__ if name != "calibration"},
+            **({"calibration": options.calibration.name} if options.calibration else {}),
+        },
         "prices": {name: getattr(request.prices, name) for name in request.prices.__slots__},
     }
