@@ -54,6 +54,7 @@ def build(answer: Answer) -> typer.Typer:
     app.command("models", help="List the models that have a profile.")(_models)
     app.command("matrix", help="Check a file of device x model x context against requirements, for CI.")(_matrix)
     app.command("report", help="Write a capacity report: what a deployment serves, how fast, at what cost.")(_report)
+    app.command("probe", help="Say what this machine is, measure it, and write it as a profile.")(_probe)
     return app
 
 
@@ -121,6 +122,23 @@ def _report(
     if form not in REPORTS:
         raise BadInput(f"--format {form}: a report has {', '.join(REPORTS)}")
     raise typer.Exit(capacity_report(file, output or [], "json" if json else form))
+
+
+def _probe(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure bandwidths and matmuls too, in some seconds")
+    ] = False,
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE.yaml", help="write the profile that `--gpu FILE.yaml` takes")
+    ] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file where it is there already")] = False,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="table, json")] = "table",
+    json: Json = False,
+) -> None:
+    from .probe import probe_machine
+
+    chosen = _one_format(form, json, ("table", "json"), "a machine")
+    raise typer.Exit(probe_machine(measure, output or None, overwrite, chosen))
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:
