@@ -3,7 +3,8 @@
 Files and units: Linux Documentation/gpu/amdgpu/driver-misc.rst and thermal.rst (mem_info_vram_total and _used in bytes,
 pp_dpm_mclk with its clocks in MHz and a star at the one in use, hwmon power1_cap in microwatts), and
 drivers/gpu/drm/amd/amdkfd/kfd_topology.c (properties of a node: gfx_target_version, simd_count, cpu_cores_count,
-drm_render_minor; a node with both CPU cores and SIMDs is an APU).
+drm_render_minor; nodes of GPUs that a container was not given cannot be read). Which targets are APUs, whose memory is
+the host's: LLVM's AMDGPUUsage, table of processors; a node with both CPU cores and SIMDs is one, too.
 """
 
 import re
@@ -20,6 +21,8 @@ LEAST_BYTES = 64 << 20
 MAX_BYTES = 64 << 40
 # Transfers per second and lane, in 10^9, of each generation of PCIe, as current_link_speed writes them.
 GENERATIONS = {"2.5": 1, "5": 2, "5.0": 2, "8": 3, "8.0": 3, "16": 4, "16.0": 4, "32": 5, "32.0": 5, "64": 6, "64.0": 6}
+OLDER_APUS = ("gfx902", "gfx909", "gfx90c", "gfx1013", "gfx1033", "gfx1035", "gfx1036", "gfx1103")
+APUS = frozenset((*OLDER_APUS, "gfx1150", "gfx1151", "gfx1152", "gfx1153"))
 OTHER_VENDORS = {0x8086: "Intel", 0x10DE: "NVIDIA"}
 
 
@@ -47,7 +50,8 @@ def _gpu(tree: Tree, folder: str, index: int, nodes: list[dict[str, int]], unsee
     minors = [parsed(name.removeprefix("renderD"), 0, 1 << 20) for name in tree.names(f"{folder}/drm", r"renderD\d+")]
     node = next((node for node in nodes if node.get("drm_render_minor") in minors), None)
     if node is None:
-        unseen.add("compute capability", "/sys/class/kfd has no node for it (ROCm's driver is not loaded)", where)
+        why_not = "it is not given to this process" if nodes else "ROCm's driver is not loaded"
+        unseen.add("compute capability", f"/sys/class/kfd has no node that can be read: {why_not}", where)
         node = {}
     total = tree.number(f"{folder}/mem_info_vram_total", LEAST_BYTES, MAX_BYTES)
     used = tree.number(f"{folder}/mem_info_vram_used", 0, total or MAX_BYTES)
@@ -55,7 +59,8 @@ def _gpu(tree: Tree, folder: str, index: int, nodes: list[dict[str, int]], unsee
         unseen.add("memory", "its mem_info_vram_total cannot be read", where)
     elif used is None:
         unseen.add("free memory", "its mem_info_vram_used cannot be read", where)
-    is_apu = node.get("cpu_cores_count", 0) > 0
+    target = _target(node.get("gfx_target_version"))
+    is_apu = node.get("cpu_cores_count", 0) > 0 or target in APUS
     shared = None
     if is_apu:  # what the firmware set aside, and what the driver may take of the host's memory besides
         shared = tree.number(f"{folder}/mem_info_gtt_total", 0, MAX_BYTES) or 0
@@ -72,13 +77,14 @@ def _gpu(tree: Tree, folder: str, index: int, nodes: list[dict[str, int]], unsee
         used_bytes=used,
         free_bytes=max(0, total - used) if total is not None and used is not None else None,
         shared_bytes=shared,
-        compute_capability=_target(node.get("gfx_target_version")),
+        compute_capability=target,
         clock_hz=clock,
         max_clock_hz=max_clock,
         memory_clock_hz=memory_clock,
         max_memory_clock_hz=max_memory_clock,
         power_limit_w=_power_w(tree, folder),
         pcie=_pcie(tree, folder),
+        visible=bool(node) or not nodes,
     )
 
 
@@ -178,7 +184,7 @@ def _told(card: dict[str, Any], index: int) -> Gpu:
 def _visible(found: list[Gpu], environment: Mapping[str, str]) -> list[Gpu]:
     """HIP_VISIBLE_DEVICES, or else CUDA_VISIBLE_DEVICES, names what HIP gives to a process, by index (HIP
     documentation, environment variables; ROCR_VISIBLE_DEVICES leaves some out before that)."""
-    shown = list(found)
+    shown = [gpu for gpu in found if gpu.visible]
     for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         asked = environment.get(name)
         if asked is None and name == "HIP_VISIBLE_DEVICES":
@@ -207,7 +213,5 @@ def other_gpus(tree: Tree, seen: set[str], unseen: Unseen) -> None:
             and (tree.number(f"sys/bus/pci/devices/{card}/class") or 0) >> 16 == 0x03
         ]
         if cards and name.lower() not in seen:
-            told = (
-                "is on the PCI bus, but its driver tells nothing" if name == "NVIDIA" else "is not asked for its memory"
-            )
-            unseen.add(f"{name} GPU", f"it {told}; give --gpu NAME, `qwen-plan devices` lists them")
+            told = "its driver tells nothing" if name == "NVIDIA" else "it is not asked for its memory"
+            unseen.add(f"{name} GPU on the PCI bus", f"{told}; give --gpu NAME, `qwen-plan devices` lists them")
