@@ -100,7 +100,16 @@ def _lines(device: Device) -> Iterator[str]:
                 yield f"{one.name}:"
                 yield from _nested(value, "  ")
         elif value is not None and one.name not in SKIPPED:
-            yield f"{one.name}: {dumps(value)}"
+            yield f"{one.name}: {_scalar(value)}"
+
+
+def _scalar(value: object) -> str:
+    """Numbers as they are, text in quotes; what is not plain ASCII by its number, as YAML writes it (JSON's pairs of
+    surrogates would be two characters there)."""
+    if not isinstance(value, str):
+        return dumps(value)
+    marks = {'"': '\\"', "\\": "\\\\"}
+    return '"' + "".join(marks.get(c, c) if " " <= c <= "~" else f"\\U{ord(c):08X}" for c in value) + '"'
 
 
 def _nested(values: Mapping[str, object], indent: str) -> Iterator[str]:
@@ -109,7 +118,7 @@ def _nested(values: Mapping[str, object], indent: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _nested(value, f"{indent}  ")
         else:
-            yield f"{indent}{name}: {dumps(value)}"
+            yield f"{indent}{name}: {_scalar(value)}"
 
 
 def _worth_having(rates: Mapping[str, float]) -> dict[str, int]:
