@@ -30,7 +30,8 @@ def probe_machine(measure: bool, output: str | None, overwrite: bool, form: str)
         found = _measured(machine, here)
         here = _with_all(here, found)
     if output is not None:
-        _write_profile(output, overwrite, [one.device for one in here], machine)
+        disturbed = any(one.is_disturbed for one in found if one)
+        _write_profile(output, overwrite, [one.device for one in here], machine, disturbed)
     if form == "json":
         write(document(machine, here, found))
     else:
@@ -91,7 +92,7 @@ def _check_output(path: str, overwrite: bool) -> None:
         raise BadInput(f"{path} is there already: --overwrite replaces it")
 
 
-def _write_profile(path: str, overwrite: bool, devices: Sequence[Device], machine: Machine) -> None:
+def _write_profile(path: str, overwrite: bool, devices: Sequence[Device], machine: Machine, disturbed: bool) -> None:
     """Whole or not at all: written beside it, then renamed, or linked where nothing may be replaced."""
     from datetime import date
 
@@ -102,6 +103,8 @@ def _write_profile(path: str, overwrite: bool, devices: Sequence[Device], machin
         "usable_bytes is what was free at that moment: raise it where something else ran that will not.",
         f"{machine.system.name}, {machine.cpu.title or machine.cpu.architecture}, {machine.cpu.threads} threads",
     ]
+    if disturbed:
+        head.append("Other work ran beside while it was measured: the machine is faster than this when it is idle.")
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "x", encoding="utf-8", newline="\n") as file:

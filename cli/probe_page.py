@@ -13,7 +13,6 @@ from .output import Screen, clean, wrapped
 GIB = 1 << 30
 LABEL = 14  # columns of the names at the left
 SHOWN_PROCESSES = 4
-BUSY = 1.25  # between the slowest and the fastest round; where nothing else runs it is less
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 NOT_KNOWN = (
     "how fast it reads its memory is not known, so there is no speed: `qwen-plan probe --measure --output here.yaml`, "
@@ -119,7 +118,7 @@ def _pcie(slot: Pcie) -> str:
 
 def _ceilings(found: Ceilings) -> Iterator[tuple[str, str]]:
     low, high = found.read_range_bytes_per_s
-    between = f", between {_rate(low, 'B/s')} and {_rate(high, 'B/s')}" if high > BUSY * low else ""
+    between = f", between {_rate(low, 'B/s')} and {_rate(high, 'B/s')}" if found.is_disturbed else ""
     yield "read", _rate(found.read_bytes_per_s, "B/s") + between
     yield "copy", f"{_rate(found.copy_bytes_per_s, 'B/s')}, read and written"
     if found.host_to_device_bytes_per_s:
@@ -128,8 +127,10 @@ def _ceilings(found: Ceilings) -> Iterator[tuple[str, str]]:
     if rates:
         yield "matmul", rates
     yield "how", found.how
-    if between:
-        yield "busy", "the rounds differ: other work ran beside; measure again when the machine is idle"
+    if found.is_disturbed:
+        got = found.cpu_share or 1.0
+        share = f" and took {1 - got:.0%} of the CPU time" if got < 0.95 else ""
+        yield "disturbed", f"other work ran beside{share}: measure again when the machine is idle"
     for sentence in found.not_measured:
         yield "not", sentence
 

@@ -137,7 +137,7 @@ def read_devices(path: str, find: Callable[[str], Device]) -> tuple[Device, ...]
     where = _shown(path)
     raw = parse_yaml(_read_bytes(path, where), where)
     if "devices" not in raw:
-        return (_one(raw, path, where, find),)
+        return (_one({"name": _name_of_file(path), **raw}, path, where, find),)
     entries = raw["devices"]
     if len(raw) > 1 or not isinstance(entries, list) or not entries:
         raise BadInput(f"{where}: devices must be a list of devices, at least one, and the only key of the file")
@@ -149,6 +149,8 @@ def read_devices(path: str, find: Callable[[str], Device]) -> tuple[Device, ...]
         count = entry.pop("count", 1)
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LIMIT_DEVICES - len(found):
             raise BadInput(f"{at}: count must be a whole number, and all together at most {LIMIT_DEVICES}")
+        if "like" not in entry:  # which gives its name, too
+            entry.setdefault("name", f"{_name_of_file(path)[:58]}-{place}")
         found += [_one(entry, path, at, find)] * count
     return tuple(found)
 
@@ -160,9 +162,9 @@ def _shown(path: str) -> str:
 def _one(raw: dict[str, Any], path: str, where: str, find: Callable[[str], Device]) -> Device:
     _refuse_unknown_keys(raw, where)
     entry = _in_bytes(raw, where)
-    for key, value in (("name", _name_of_file(path)), ("checked", _date_of_file(path))):
-        entry.setdefault(key, value)
-    entry.setdefault("title", entry["name"])
+    entry.setdefault("checked", _date_of_file(path))
+    if "name" in entry:
+        entry.setdefault("title", entry["name"])
     if "usable_bytes" in entry:
         entry.setdefault("usable_source", where)
     like = entry.pop("like", None)

@@ -12,6 +12,7 @@ from .device import Device
 from .frozen import dataclass, field, fields, replace
 
 SLOW = 0.8  # measured reads reach 85 to 95 % of the vendor's figure on a device that is whole
+DISTURBED = 1.25  # between rounds, and between CPU time wanted and got; where nothing else runs it is less
 RATES = (10**9, 10**15)  # what a device file takes, as bytes per second
 FLOPS = (10**9, 10**18)
 SKIPPED = frozenset({"path"})
@@ -29,8 +30,15 @@ class Ceilings:
     host_to_device_bytes_per_s: float | None = None
     flops_per_s: Mapping[str, float] = field(default_factory=dict)
     read_range_bytes_per_s: tuple[float, float] = (0.0, 0.0)  # of the slowest and the fastest round
+    cpu_share: float | None = None  # of the CPU time that its threads could use, what they got
     how: str = ""
     not_measured: tuple[str, ...] = ()  # a sentence each
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other work ran beside: rounds far apart, or less CPU time than there should be."""
+        low, high = self.read_range_bytes_per_s
+        return high > DISTURBED * low or (self.cpu_share is not None and self.cpu_share < 1 / DISTURBED)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -39,6 +47,7 @@ class Ceilings:
             "copy_bytes_per_s": self.copy_bytes_per_s and round(self.copy_bytes_per_s),
             "host_to_device_bytes_per_s": self.host_to_device_bytes_per_s and round(self.host_to_device_bytes_per_s),
             "flops_per_s": {dtype: round(rate) for dtype, rate in self.flops_per_s.items()},
+            "cpu_share": self.cpu_share and round(self.cpu_share, 3),
             "how": self.how,
             "not_measured": list(self.not_measured),
         }

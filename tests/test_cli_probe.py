@@ -20,7 +20,9 @@ from qwenfit.profiles.probe import probe
 from qwenfit.profiles.this_machine import devices_here
 
 SCREEN = Screen(100, False, True)
-FOUND = Ceilings(15e9, 14e9, None, {"fp32": 110e9, "int8": 300e9}, (14e9, 19e9), "C kernels, 2 threads", ("not bf16",))
+FOUND = Ceilings(
+    15e9, 14e9, None, {"fp32": 110e9, "int8": 300e9}, (14e9, 19e9), 0.6, "C kernels, 2 threads", ("not bf16",)
+)
 
 
 @pytest.fixture
@@ -53,7 +55,8 @@ def test_a_cpu_is_told_how_to_get_a_speed(recorded: Callable[[str], str]) -> Non
     assert "8 usable (of 16 threads of the machine), CPU time of 2.5" in text
     assert "`qwen-plan probe --measure --output here.yaml`, then `--gpu here.yaml`" in text
     measured = " ".join(page(machine, here, [FOUND], SCREEN).split())
-    assert "read 15.0 GB/s, between 14.0 GB/s and 19.0 GB/s" in measured and "measure again" in measured
+    assert "read 15.0 GB/s, between 14.0 GB/s and 19.0 GB/s" in measured
+    assert "other work ran beside and took 40% of the CPU time: measure again" in measured
     assert "matmul fp32 110.0 GFLOP/s, int8 300.0 GFLOP/s" in measured and "not bf16" in measured
 
 
@@ -133,7 +136,8 @@ def test_measuring_goes_into_the_file(
     assert main(["probe", "--measure", "--output", str(file), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert threads == [3] and told["devices"][0]["memory_bandwidth_bytes_per_s"] == 15_000_000_000
-    assert "memory_bandwidth_bytes_per_s: 15000000000" in file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    assert "memory_bandwidth_bytes_per_s: 15000000000" in text and "# Other work ran beside" in text
     assert main(["--gpu", str(file), "--model", "0.8b", "--ctx", "4096", "--engine", "llama.cpp"]) == 0
     assert "Decodes ~" in capsys.readouterr().out
 

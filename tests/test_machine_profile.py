@@ -20,8 +20,8 @@ from qwenfit.profiles.probe import probe
 
 GIB = 1 << 30
 ON = "2026-11-22"
-CPU = Ceilings(15e9, 14e9, None, {"fp32": 110e9, "bf16": 25e9, "int8": 300e9}, (14e9, 16e9), "C kernels")
-GPU = Ceilings(3.0e12, 2.9e12, 55e9, {"fp32": 50e12, "bf16": 700e12}, (2.9e12, 3.1e12), "torch")
+CPU = Ceilings(15e9, 14e9, None, {"fp32": 110e9, "bf16": 25e9, "int8": 300e9}, (14e9, 16e9), 1.0, "C kernels")
+GPU = Ceilings(3.0e12, 2.9e12, 55e9, {"fp32": 50e12, "bf16": 700e12}, (2.9e12, 3.1e12), None, "torch")
 UUIDS = [f"GPU-{number}0000000-0000-4444-8888-aaaaaaaaaaaa" for number in range(8)]
 BUSY = SimpleNamespace(total=81559 << 20, used=40000 << 20, free=41559 << 20)
 
@@ -115,6 +115,14 @@ def test_what_the_planner_gets_of_it() -> None:
     assert slow.memory_bandwidth_bytes_per_s == 1_500_000_000_000
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "share", "disturbed"),
+    [(14e9, 16e9, 1.0, False), (14e9, 19e9, 1.0, True), (14e9, 15e9, 0.7, True), (14e9, 15e9, None, False)],
+)
+def test_other_work_is_noticed(low: float, high: float, share: float | None, disturbed: bool) -> None:
+    assert Ceilings(15e9, None, None, {}, (low, high), share).is_disturbed == disturbed
+
+
 def test_measurements_that_cannot_be_are_left_out() -> None:
     absurd = Ceilings(1e30, 3.0, float("nan"), {"fp32": float("inf"), "int8": 1.0})
     found = with_ceilings(device("rtx3060"), absurd, ON)
@@ -136,6 +144,7 @@ def test_a_box_takes_a_file_of_several(tmp_path: Path) -> None:
     file.write_text("devices:\n  - {like: rtx3090, count: 2}\n  - like: rtx4090\n", encoding="utf-8")
     found = devices_of(f"{file},rtx3060")
     assert [one.memory_bytes // GIB for one in found] == [24, 24, 24, 12] and found[0] is found[1]
+    assert [one.name for one in found] == ["rtx3090", "rtx3090", "rtx4090", "rtx3060"]
     assert len(devices_of(f"2x{file}")) == 6
     with pytest.raises(box.BadInput, match="holds 3 devices"):
         device(str(file))

@@ -41,7 +41,9 @@ def measure_cpu(threads: int, free_bytes: int, rounds: int = 7) -> Ceilings:
         read, by = _reader(source, threads)
         works: dict[str, Work] = {"read": read, "copy": lambda: target.copy_(source)}
         matmuls, missing = _matmuls(CPU_DTYPES, torch.device("cpu"))
+        started_s, cpu_s = time.perf_counter(), time.process_time()
         times = _times({**works, **{dtype: work for dtype, (work, _) in matmuls.items()}}, rounds, torch.device("cpu"))
+        share = (time.process_time() - cpu_s) / (threads * (time.perf_counter() - started_s))
     finally:
         torch.set_num_threads(before)
     typical = _medians(times)
@@ -51,6 +53,7 @@ def measure_cpu(threads: int, free_bytes: int, rounds: int = 7) -> Ceilings:
         copy_bytes_per_s=2 * size / typical["copy"],
         read_range_bytes_per_s=(size / max(times["read"]), size / min(times["read"])),
         flops_per_s={dtype: 2 * side**3 / typical[dtype] for dtype, (_, side) in matmuls.items()},
+        cpu_share=min(1.0, share),
         how=how,
         not_measured=missing,
     )

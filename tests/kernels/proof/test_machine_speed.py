@@ -26,6 +26,7 @@ def test_a_cpu_has_every_ceiling() -> None:
     assert found.copy_bytes_per_s and 1e8 < found.copy_bytes_per_s < 1e13
     low, high = found.read_range_bytes_per_s
     assert low <= found.read_bytes_per_s <= high
+    assert found.cpu_share and 0 < found.cpu_share <= 1
     assert found.host_to_device_bytes_per_s is None
     assert set(found.flops_per_s) | {said.split()[2].rstrip(":") for said in found.not_measured} == {
         "fp32",
