@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..profiles.device import Device
 from ..profiles.errors import BadInput
@@ -93,7 +94,7 @@ def _check_output(path: str, overwrite: bool) -> None:
 
 
 def _write_profile(path: str, overwrite: bool, devices: Sequence[Device], machine: Machine, disturbed: bool) -> None:
-    """Whole or not at all: written beside it, then renamed, or linked where nothing may be replaced."""
+    """Whole or not at all: written beside it, then renamed."""
     from datetime import date
 
     if not all(device.memory_bytes for device in devices):
@@ -109,15 +110,10 @@ def _write_profile(path: str, overwrite: bool, devices: Sequence[Device], machin
     try:
         with open(beside, "x", encoding="utf-8", newline="\n") as file:
             file.write(profile_yaml(devices, head))
-        try:
-            if overwrite:
-                os.replace(beside, path)
-            else:
-                os.link(beside, path)
-        finally:
-            if os.path.exists(beside):
-                os.unlink(beside)
-    except FileExistsError:
-        raise BadInput(f"{path} is there already: --overwrite replaces it") from None
+        _check_output(path, overwrite)  # it may have come while we measured
+        os.replace(beside, path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            os.unlink(beside)

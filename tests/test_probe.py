@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwenfit.profiles.machine import Machine
 from qwenfit.profiles.probe import probe
+from qwenfit.profiles.probe.amd import _target
 from qwenfit.profiles.probe.tree import Tree, numbers_of
 from qwenfit.profiles.probe.values import Unseen, plain_text, whole
 
@@ -57,6 +58,26 @@ def test_the_least_limit_of_all_ancestors_counts(recorded: Recorded) -> None:
     assert (found.ram.limit_bytes, found.ram.usable_bytes) == (16 * GIB, 4 * GIB)
     assert found.cpu.quota_cpus == 4 and found.cpu.threads == 4
     assert found.system.container[0] == "kubernetes"
+
+
+def test_a_container_with_groups_of_its_own_sees_them_as_the_root(recorded: Recorded) -> None:
+    """docker run --memory 4g --cpus 1.5 with control groups of version 2: its own group is mounted as /."""
+    root = recorded("container-v2")
+    Path(root, "proc/self/cgroup").write_text("0::/\n")
+    for name, text in (("memory.max", "4294967296"), ("memory.current", "1073741824"), ("cpu.max", "150000 100000")):
+        Path(root, "sys/fs/cgroup", name).write_text(f"{text}\n")
+    found = looked(root)
+    assert (found.ram.limit_bytes, found.ram.usable_bytes, found.cpu.quota_cpus) == (4 * GIB, 3 * GIB, 1.5)
+
+
+def test_what_hints_at_a_container(recorded: Recorded) -> None:
+    root = recorded("raspberry-pi-5")
+    assert looked(root).system.container == ()
+    Path(root, "run").mkdir()
+    Path(root, "run/.containerenv").write_text("")
+    Path(root, "proc/sys/kernel/osrelease").write_text("6.6.87.2-microsoft-standard-WSL2\n")
+    found = looked(root, environment={"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    assert found.system.container == ("podman", "kubernetes", "wsl")
 
 
 def test_two_sockets_with_smt(recorded: Recorded) -> None:
@@ -118,6 +139,23 @@ def test_what_hip_shows(recorded: Recorded, environment: dict[str, str], titles:
     found = looked(recorded("mi300x-and-7900xtx"), environment=environment)
     assert [gpu.title for gpu in found.gpus if gpu.visible] == titles
     assert len(found.gpus) == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "target"),
+    [
+        (90402, "gfx942"),
+        (90010, "gfx90a"),
+        (110000, "gfx1100"),
+        (110501, "gfx1151"),
+        (0, None),
+        (None, None),
+        (7, None),
+    ],
+)
+def test_targets_are_written_in_hexadecimal(version: int | None, target: str | None) -> None:
+    """Names of LLVM's AMDGPUUsage; MI200 reports 90010."""
+    assert _target(version) == target
 
 
 def test_a_card_whose_node_is_kept_from_a_container_is_not_planned_with(recorded: Recorded) -> None:

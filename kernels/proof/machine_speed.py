@@ -30,6 +30,19 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "
 Work = Callable[[], object]
 
 
+class CpuTime:
+    """Seconds on the clock and of all CPUs, summed over pieces of work in which every thread has something to do."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = 0.0
+
+    def run(self, work: Work) -> None:
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        work()
+        self.wall_s += time.perf_counter() - start_s
+        self.cpu_s += time.process_time() - start_cpu_s
+
+
 def measure_cpu(threads: int, free_bytes: int, rounds: int = 7) -> Ceilings:
     """The CPU's ceilings with so many threads, in buffers of at most an eighth of `free_bytes` each."""
     before = torch.get_num_threads()
@@ -39,11 +52,10 @@ def measure_cpu(threads: int, free_bytes: int, rounds: int = 7) -> Ceilings:
         source = torch.ones(size, dtype=torch.uint8)  # written, so that every page is its own
         target = torch.ones(size, dtype=torch.uint8)
         read, by = _reader(source, threads)
-        works: dict[str, Work] = {"read": read, "copy": lambda: target.copy_(source)}
+        spent = CpuTime()
+        works: dict[str, Work] = {"read": lambda: spent.run(read), "copy": lambda: target.copy_(source)}
         matmuls, missing = _matmuls(CPU_DTYPES, torch.device("cpu"))
-        started_s, cpu_s = time.perf_counter(), time.process_time()
         times = _times({**works, **{dtype: work for dtype, (work, _) in matmuls.items()}}, rounds, torch.device("cpu"))
-        share = (time.process_time() - cpu_s) / (threads * (time.perf_counter() - started_s))
     finally:
         torch.set_num_threads(before)
     typical = _medians(times)
@@ -53,7 +65,7 @@ def measure_cpu(threads: int, free_bytes: int, rounds: int = 7) -> Ceilings:
         copy_bytes_per_s=2 * size / typical["copy"],
         read_range_bytes_per_s=(size / max(times["read"]), size / min(times["read"])),
         flops_per_s={dtype: 2 * side**3 / typical[dtype] for dtype, (_, side) in matmuls.items()},
-        cpu_share=min(1.0, share),
+        cpu_share=min(1.0, spent.cpu_s / (threads * spent.wall_s)),
         how=how,
         not_measured=missing,
     )
