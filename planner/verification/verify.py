@@ -97,9 +97,7 @@ def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             if ready:
                 tell("is ready; requests are sent")
                 answers = _ask(plan, launch, asked)
-        boot = read_log_file(log, plan.engine) if answers or not ready else None
-        if boot is None or (not ready and not boot.died):
-            raise BadInput(f"{plan.engine} ended with status {process.status} before it was ready: {_last_line(log)}")
+        boot = _boot(plan, log, process.status, ready)
     rates = _rates(plan, answers)
     notes = [f"{len(answers)} requests of {asked.prompt_tokens} tokens, one after the other"] if answers else []
     return _verification(file, plan, asked, servers.words_of(launch.words), boot, rates, process.peak_bytes, notes)
@@ -202,6 +200,20 @@ def _wait(process: OwnProcess, launch: servers.Launch, path: str, limit_s: float
         f"the engine was not ready after {limit_s:g} s and was stopped: give --boot-limit-s; it said last: "
         f"{_last_line(log)}"
     )
+
+
+def _boot(plan: EnginePlan, log: str, status: int | None, ready: bool) -> EngineLog:
+    """What the log says. BadInput where the engine ended for another reason than memory."""
+    try:
+        boot = read_log_file(log, plan.engine)
+    except BadInput:
+        if ready:
+            raise
+        boot = None
+    if not ready and (boot is None or not boot.died):
+        raise BadInput(f"{plan.engine} ended with status {status} before it was ready: {_last_line(log)}")
+    assert boot is not None
+    return boot
 
 
 def _ask(plan: EnginePlan, launch: servers.Launch, asked: Asked) -> list[Answer]:
