@@ -90,6 +90,7 @@ class Cpu:
     features: tuple[str, ...] = ()
     numa: tuple[NumaNode, ...] = ()
     board: str | None = None
+    microarchitecture: str | None = None  # as profiles/cpu.yaml calls it: zen4, cascade-lake, neoverse-v2
 
     @property
     def threads(self) -> int:
@@ -168,6 +169,7 @@ def machine_record(machine: Machine) -> dict[str, Any]:
         "cpu": {
             "title": cpu.title,
             "architecture": cpu.architecture,
+            "microarchitecture": cpu.microarchitecture,
             "cpus": cpu.cpus,
             "cores": cpu.cores,
             "sockets": cpu.sockets,

@@ -265,7 +265,7 @@ def _cpu(machine: Machine) -> Device:
         name="this-cpu",
         title=cpu.title or f"this machine's CPU ({architecture})",
         vendor="cpu",
-        architecture=architecture,
+        architecture=cpu.microarchitecture or architecture,
         kind="cpu",
         memory_bytes=ram.usable_total_bytes,
         usable_bytes=ram.usable_bytes,

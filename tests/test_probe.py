@@ -289,3 +289,27 @@ def test_what_is_missing_alike_is_one_sentence() -> None:
     for index in range(3):
         unseen.add("power limit", "NVML says Not Supported", f"GPU {index}")
     assert unseen.sentences() == ("power limit of GPU 0, GPU 1 and GPU 2: NVML says Not Supported",)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "flags", "name"),
+    [
+        ("GenuineIntel", 6, 85, "avx512f avx512_vnni", "cascade-lake"),
+        ("GenuineIntel", 6, 85, "avx512f", "skylake-x"),
+        ("GenuineIntel", 6, 143, "amx_tile", "sapphire-rapids"),
+        ("AuthenticAMD", 25, 0x11, "avx512_bf16", "zen4"),
+        ("AuthenticAMD", 25, 0x21, "avx2", "zen3"),
+        ("AuthenticAMD", 26, 0x02, "avx_vnni", "zen5"),
+        ("GenuineIntel", 6, 9999, "avx2", None),
+        ("Nobody", 6, 85, "avx2", None),
+    ],
+)
+def test_microarchitectures_by_their_numbers(
+    vendor: str, family: int, model: int, flags: str, name: str | None, tmp_path: Path
+) -> None:
+    """Family and model as /proc/cpuinfo tells them: 6/85 is three generations, which their features tell apart."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(
+        f"processor : 0\nvendor_id : {vendor}\ncpu family : {family}\nmodel : {model}\nflags : {flags}\n\n"
+    )
+    assert linux_cpu(Tree(str(tmp_path)), None, Unseen()).microarchitecture == name

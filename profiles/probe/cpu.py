@@ -38,6 +38,28 @@ ARM_PARTS = {
     ("0xc0", "0xac4"): "Ampere-1A",
 }
 
+# What speeds are known by, in the words of profiles/cpu.yaml: vendor, family and models of arch/x86/include/asm/
+# intel-family.h and of AMD's revision guides; of one model number the newest that has all the features.
+X86_MODELS = (
+    ("GenuineIntel", 6, (85,), ("avx512_bf16",), "cooper-lake"),
+    ("GenuineIntel", 6, (85,), ("avx512_vnni",), "cascade-lake"),
+    ("GenuineIntel", 6, (85,), (), "skylake-x"),
+    ("GenuineIntel", 6, (106, 108), (), "ice-lake"),
+    ("GenuineIntel", 6, (143,), (), "sapphire-rapids"),
+    ("GenuineIntel", 6, (207,), (), "emerald-rapids"),
+    ("GenuineIntel", 6, (173, 174), (), "granite-rapids"),
+    ("AuthenticAMD", 23, range(0x30, 0x100), (), "zen2"),
+    ("AuthenticAMD", 25, (*range(0x10), *range(0x20, 0x60)), (), "zen3"),
+    ("AuthenticAMD", 25, (*range(0x10, 0x20), *range(0x60, 0xB0)), (), "zen4"),
+    ("AuthenticAMD", 26, range(0x100), (), "zen5"),
+)
+ARM_MODELS = {
+    "ARM Cortex-A76": "cortex-a76",
+    "ARM Neoverse-N1": "neoverse-n1",
+    "ARM Neoverse-V1": "neoverse-v1",
+    "ARM Neoverse-V2": "neoverse-v2",
+}
+
 
 def linux_cpu(tree: Tree, quota_cpus: float | None, unseen: Unseen) -> Cpu:
     """The CPU of this machine, and the part of it that this process may use."""
@@ -65,6 +87,7 @@ def linux_cpu(tree: Tree, quota_cpus: float | None, unseen: Unseen) -> Cpu:
         features=tuple(dict.fromkeys(flag for flag in flags if flag in FEATURES)),
         numa=_numa(tree),
         board=plain_text(last.get("Model") or tree.line("proc/device-tree/model")),
+        microarchitecture=_microarchitecture(first, flags) or ARM_MODELS.get(_arm_title(blocks) or ""),
     )
 
 
@@ -147,6 +170,15 @@ def _arm_title(blocks: list[dict[str, str]]) -> str | None:
 
 def _architecture(block: Mapping[str, str]) -> str:
     return "aarch64" if "CPU implementer" in block else "x86_64" if "flags" in block else "unknown"
+
+
+def _microarchitecture(block: Mapping[str, str], flags: list[str]) -> str | None:
+    family, model = (parsed(block.get(name), 0, 1 << 16) for name in ("cpu family", "model"))
+    for vendor, own_family, models, features, name in X86_MODELS:
+        same = (block.get("vendor_id"), family) == (vendor, own_family) and model in models
+        if same and set(features) <= set(flags):
+            return name
+    return None
 
 
 def _numa(tree: Tree) -> tuple[NumaNode, ...]:
