@@ -37,15 +37,18 @@ def _derive(
     budget, graphs = integer(facts, "requested_bytes"), integer(facts, "graph_estimate_bytes") or 0
     if facts.get("graph_estimate_is_off"):
         graphs = 0
-    known = {part.part: part for part in parts if part.place == "device0"}
-    if budget is None or "weights" not in known or "kv_cache" not in known:
-        return parts
-    taken = known["weights"].bytes + known["kv_cache"].bytes + graphs
-    doubt = known["weights"].resolution_bytes + known["kv_cache"].resolution_bytes + GIB // 100
-    if budget <= taken:  # a cache of a size that was asked for does not come from the budget
+    if budget is None:
         return parts
     line = "requested memory less weights, KV cache and estimated graphs"
-    return (*parts, LoggedPart("activation", "device0", budget - taken, doubt, line))
+    profiled: list[LoggedPart] = []
+    for place in dict.fromkeys(part.place for part in parts):
+        known = {part.part: part for part in parts if part.place == place}
+        if "weights" in known and "kv_cache" in known:
+            left = budget - known["weights"].bytes - known["kv_cache"].bytes - graphs
+            doubt = known["weights"].resolution_bytes + known["kv_cache"].resolution_bytes + GIB // 100
+            if left > 0:  # a cache of a size that was asked for does not come from the budget
+                profiled.append(LoggedPart("activation", place, left, doubt, line))
+    return (*parts, *profiled)
 
 
 DIALECT = Dialect(
