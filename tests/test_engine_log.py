@@ -97,6 +97,18 @@ def test_activations_of_vllm_follow_from_its_budget() -> None:
     assert abs(active.bytes - round((1.97 + 0.07) * (1 << 30))) <= active.resolution_bytes + (1 << 30) // 100
 
 
+def test_where_the_weights_have_no_line_they_are_in_the_rest() -> None:
+    """club-3090 pull request 1139: of 21.67 GiB requested, 4.76 are the cache and 0.2 the estimated graphs; the line's own
+    15.25 GiB of weights and what torch does not know of and 1.66 of peak activation, graphs included, are the rest."""
+    log = read_log_file(str(LOGS / "vllm-2026-09-tp2.log"))
+    rest = [part for part in log.parts if part.line.startswith(DERIVED)]
+    assert [(part.place, part.part, part.covers) for part in rest] == [
+        ("device0", "activation", ("weights",)),
+        ("device1", "activation", ("weights",)),
+    ]
+    assert abs(rest[0].bytes - round((15.25 + 1.66 - 0.2) * (1 << 30))) <= rest[0].resolution_bytes + (1 << 30) // 50
+
+
 def test_of_several_boots_the_last_complete_one_is_read() -> None:
     first = text_of("vllm-0.32.0-cpu.log")
     second = first.replace("(1.0/23.54)", "(2.0/23.54)")

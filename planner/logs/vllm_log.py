@@ -39,15 +39,16 @@ def _derive(
         graphs = 0
     if budget is None:
         return parts
-    line = "requested memory less weights, KV cache and estimated graphs"
     profiled: list[LoggedPart] = []
     for place in dict.fromkeys(part.place for part in parts):
         known = {part.part: part for part in parts if part.place == place}
-        if "weights" in known and "kv_cache" in known:
-            left = budget - known["weights"].bytes - known["kv_cache"].bytes - graphs
-            doubt = known["weights"].resolution_bytes + known["kv_cache"].resolution_bytes + GIB // 100
-            if left > 0:  # a cache of a size that was asked for does not come from the budget
-                profiled.append(LoggedPart("activation", place, left, doubt, line))
+        taken = [known[name] for name in ("weights", "kv_cache") if name in known]
+        left = budget - graphs - sum(part.bytes for part in taken)
+        if "kv_cache" in known and left > 0:  # a cache of a size that was asked for does not come from the budget
+            doubt = GIB // 100 + sum(part.resolution_bytes for part in taken)
+            line = f"requested memory less {', '.join(part.part for part in taken)} and estimated graphs"
+            covers = () if "weights" in known else ("weights",)
+            profiled.append(LoggedPart("activation", place, left, doubt, line, covers))
     return (*parts, *profiled)
 
 
