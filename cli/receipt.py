@@ -1,6 +1,6 @@
 """`qwen-plan receipt LOG`: an engine's boot log beside the plan of it, part by part.
 
-0 every total lies within the tolerance, 1 not so (or the engine died), 2 no answer.
+0 totals lie within the tolerance and parts in it or in their intervals, 1 not so (or the engine died), 2 no answer.
 """
 
 import sys
@@ -12,9 +12,10 @@ from ..planner.logs.engine_log import EngineLog, read_log_file
 from ..planner.plan import EnginePlan
 from ..planner.receipt import Receipt, asked, receipt
 from ..planner.request import Request
-from ..planner.scores import TOTAL, PartScore, worst_error
+from ..planner.scores import PartScore, misses, worst_error
 from ..profiles.errors import BadInput
 from .output import Screen, clean, columns, quietly_closed, say, screen, wrapped, write
+from .phrases import counted
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -44,7 +45,7 @@ def show_receipt(
     resolved, notes = asked(log, request, given)
     plan = _plan(resolved)
     made = receipt(plan, log, _date(date), version("qwenfit"), source)
-    within = not log.died and worst_error(made.scores) <= tolerance
+    within = not log.died and not misses(made.scores, tolerance)
     if output:
         from .matrix import save_file
 
@@ -93,34 +94,33 @@ def _text(made: Receipt, plan: EnginePlan, notes: tuple[str, ...], tolerance: fl
 def _verdict(made: Receipt, tolerance: float, within: bool) -> str:
     if made.log.died:
         return "Died at boot"
-    worst = worst_error(made.scores)
-    return f"{'Within' if within else 'Out of'} tolerance ({worst:.1%} off at most, {tolerance:.0%} allowed)"
+    if within:
+        return f"Within {tolerance:.0%} ({worst_error(made.scores):.1%} off in all)"
+    worst = max(misses(made.scores, tolerance), key=lambda one: abs(one.error))
+    return f"Out of {tolerance:.0%} ({worst.place} {_name(worst)} {worst.error:+.1%})"
 
 
 def _boot(log: EngineLog) -> str:
     words = [f"{log.engine} {log.version}" if log.version else log.engine]
     if log.model:
         words.append(f"of {log.model}")
-    for key, unit in (("ctx_tokens", "tokens"), ("seqs", "sequences"), ("kv_dtype", "cache")):
+    for key, unit in (("ctx_tokens", "token"), ("seqs", "sequence")):
         value = log.settings.get(key)
-        if value is not None:
-            words.append(f"{value:,} {unit}" if isinstance(value, int) else f"{value} {unit}")
+        if isinstance(value, int):
+            words.append(counted(value, unit))
+    if log.settings.get("kv_dtype"):
+        words.append(f"{log.settings['kv_dtype']} cache")
     return ", ".join(words)
 
 
 def _row(one: PartScore) -> tuple[str, ...]:
-    mark = "=" if one.planned.exact else "~"
-    within = "yes" if one.within else "no"
-    place = "" if one.part != TOTAL else "total"
-    name = one.part.replace("_", " ").replace("+", " + ") if not place else "total"
-    return (
-        one.place,
-        name,
-        f"{mark}{_size(one.planned.mid)}",
-        _size(one.measured_bytes),
-        f"{round(one.error, 4) + 0:+.1%}",
-        within,
-    )
+    planned = f"{'=' if one.planned.exact else '~'}{_size(one.planned.mid)}"
+    error = f"{round(one.error, 4) + 0:+.1%}"  # + 0: no -0.0 %
+    return one.place, _name(one), planned, _size(one.measured_bytes), error, "yes" if one.within else "no"
+
+
+def _name(one: PartScore) -> str:
+    return one.part.replace("_", " ").replace("+", " + ")
 
 
 def _size(amount_bytes: int) -> str:

@@ -9,7 +9,8 @@ import pytest
 from qwenfit.planner import EnginePlan, Options, Request, plan
 from qwenfit.planner.logs.dialect import LoggedPart
 from qwenfit.planner.logs.engine_log import EngineLog, read_log_file
-from qwenfit.planner.scores import PartScore, at_boot, score, worst_error
+from qwenfit.planner.memory import exactly
+from qwenfit.planner.scores import PartScore, at_boot, misses, score, worst_error
 
 DATA = Path(__file__).parent / "data"
 LOGS = DATA / "logs"
@@ -115,6 +116,15 @@ def test_what_is_counted_in_another_line_is_not_counted_twice() -> None:
     )
     scores = score(found, EngineLog("ollama", None, None, parts=parts))
     assert [one.part for one in scores] == ["kv_cache+recurrent_state"]
+
+
+def test_a_total_must_be_near_and_a_part_near_or_in_its_interval() -> None:
+    def one(part: str, error: float, within: bool) -> PartScore:
+        return PartScore(part, "device0", exactly(100), 100, 0, error, within)
+
+    scores = one("kv_cache", 0.1, True), one("weights", 0.1, False), one("graph", 0.01, False), one("total", 0.2, True)
+    assert [score.part for score in misses(scores, 0.05)] == ["weights", "total"]
+    assert misses(scores, 0.5) == ()
 
 
 def test_a_log_of_other_places_gives_no_scores() -> None:
