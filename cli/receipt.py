@@ -115,7 +115,7 @@ def _boot(log: EngineLog) -> str:
 
 def _row(one: PartScore) -> tuple[str, ...]:
     planned = f"{'=' if one.planned.exact else '~'}{_size(one.planned.mid)}"
-    error = f"{round(one.error, 4) + 0:+.1%}"  # + 0: no -0.0 %
+    error = f"{round(one.error, 3) + 0:+.1%}"  # + 0: no -0.0 %
     return one.place, _name(one), planned, _size(one.measured_bytes), error, "yes" if one.within else "no"
 
 

@@ -199,8 +199,10 @@ def _factor(found: Sequence[Witness], versions: str, architecture: str, parent: 
     trust = len(votes) / (len(votes) + PRIOR_WITNESSES)
     middle = trust * heard + (1 - trust) * log(parent)
     residuals = [log(one.ratio) - middle for one in found]
-    below = min(median([log(max(one.below, 1 / LARGEST_SPREAD)) for one in found]) * (1 - trust), *residuals, 0.0)
-    above = max(median([log(one.above) for one in found]) * (1 - trust), *residuals, 0.0)
+    # as wide as it was until more have spoken than the built-in constant counts for
+    width = 1 - max(0, len(votes) - PRIOR_WITNESSES) / (len(votes) + PRIOR_WITNESSES)
+    below = min(median([log(max(one.below, 1 / LARGEST_SPREAD)) for one in found]) * width, *residuals, 0.0)
+    above = max(median([log(one.above) for one in found]) * width, *residuals, 0.0)
     return Factor(
         engine=found[0].engine,
         part=found[0].part,

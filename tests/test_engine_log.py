@@ -98,8 +98,8 @@ def test_activations_of_vllm_follow_from_its_budget() -> None:
 
 
 def test_where_the_weights_have_no_line_they_are_in_the_rest() -> None:
-    """club-3090 pull request 1139: of 21.67 GiB requested, 4.76 are the cache and 0.2 the estimated graphs; the rest are
-    the 15.25 GiB of weights and what torch does not know of, and 1.66 of peak activation, graphs included."""
+    """club-3090 pull request 1139: of 21.67 GiB requested, 4.76 are the cache and 0.2 the estimated graphs; the rest is
+    15.25 GiB of weights and what torch does not know of, and 1.66 of peak activation, graphs included."""
     log = read_log_file(str(LOGS / "vllm-2026-09-tp2.log"))
     rest = [part for part in log.parts if part.line.startswith(DERIVED)]
     assert [(part.place, part.part, part.covers) for part in rest] == [
