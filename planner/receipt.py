@@ -16,6 +16,7 @@ from ..profiles.formats import weight_format
 from ..profiles.frozen import dataclass, fields, replace
 from ..profiles.model_catalog import model, models
 from .candidates import candidates, engine_module
+from .documents import device_json, options_json
 from .engines.sglang_pool import SLOTS_PER_REQUEST
 from .engines.versions import release
 from .logs.dialect import integer, text_of
@@ -309,23 +310,7 @@ def request_json(request: Request) -> dict[str, object]:
         one.name: getattr(request, one.name) for one in fields(request) if one.name not in ("options", "prices")
     }
     told["devices"] = list(request.devices)
-    told["options"] = {
-        one.name: value
-        for one in fields(request.options)
-        if one.name != "calibration" and (value := getattr(request.options, one.name)) is not None
-    }
-    return told
-
-
-def device_json(device: Device) -> dict[str, object]:
-    """The figures of a profile, under the keys of a device file."""
-    told: dict[str, object] = {}
-    for one in fields(device):
-        value = getattr(device, one.name)
-        if value is not None and one.name != "path":
-            told[one.name] = dict(value) if isinstance(value, Mapping) else value
-    if device.path:
-        told["source"] = told["usable_source"] = "a device file"
+    told["options"] = options_json(request.options)
     return told
 
 

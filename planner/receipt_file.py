@@ -36,7 +36,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Options(_Strict):
+class CheckedOptions(_Strict):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     ubatch_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
@@ -60,7 +60,7 @@ class _Request(_Strict):
     vision: bool | None
     tp: Annotated[int, Field(ge=1, le=1024)] | None
     pp: Annotated[int, Field(ge=1, le=1024)] | None
-    options: _Options
+    options: CheckedOptions
 
 
 class _Part(_Strict):
@@ -100,7 +100,7 @@ class _Score(_Strict):
     within: bool
 
 
-class _Device(Entry):
+class CheckedDevice(Entry):
     """A profile, also of a machine whose bandwidth nobody knows."""
 
     memory_bandwidth_bytes_per_s: Annotated[int, Field(ge=0, le=10**15)]
@@ -113,7 +113,7 @@ class _Receipt(_Strict):
     qwenfit: Text
     source: Text | None
     request: _Request
-    devices: Annotated[list[_Device], Field(min_length=1, max_length=1024)]
+    devices: Annotated[list[CheckedDevice], Field(min_length=1, max_length=1024)]
     command: Annotated[str, Field(max_length=4000)]
     log: _Log
     scores: Annotated[list[_Score], Field(max_length=20_000)]

@@ -38,14 +38,15 @@ MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
 
 
-def search(request: Request, advisor: Advisor | None = None) -> Plan:
-    """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is.
+def search(request: Request, advisor: Advisor | None = None, devices: tuple[Device, ...] = ()) -> Plan:
+    """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is. `devices` stand
+    for those that the request names, where their figures are at hand.
 
     Raises UnknownName, BadInput or Unsupported where there is no answer; "does not fit" is an answer.
     """
     _check(request)
     asked_model = model(request.model)
-    devices = tuple(device for spec in request.devices for device in devices_of(spec))
+    devices = devices or tuple(device for spec in request.devices for device in devices_of(spec))
     if not devices:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
     _check_ranks(request, len(devices))
