@@ -14,6 +14,8 @@ from ..planner.receipt import Receipt, asked, receipt
 from ..planner.request import Request
 from ..planner.scores import PartScore, misses, worst_error
 from ..profiles.errors import BadInput
+from ..profiles.names import join_or
+from .options import flag_of
 from .output import Screen, clean, columns, quietly_closed, say, screen, wrapped, write
 from .phrases import counted
 
@@ -27,11 +29,13 @@ def show_receipt(
     path: str,
     request: Request,
     given: Collection[str],
+    *,
     tolerance: float,
-    output: str | None,
     form: str,
-    date: str | None,
-    source: str | None,
+    plan: str | None = None,
+    output: str | None = None,
+    date: str | None = None,
+    source: str | None = None,
 ) -> int:
     """The exit status. Fields of the request that are named in `given` count more than the log's words; `output` is a
     file for the receipt, `form` what stdout gets: text or json."""
@@ -42,9 +46,8 @@ def show_receipt(
     if not 0 <= tolerance < 1:
         raise BadInput(f"--tolerance {tolerance:g}: give a share of at least 0 and less than 1, such as 0.05")
     log = read_log_file(path, request.engine)
-    resolved, notes = asked(log, request, given)
-    plan = _plan(resolved)
-    made = receipt(plan, log, _date(date), version("qwenfit"), source)
+    found, notes = _from_file(plan, log, request, given) if plan else _from_log(log, request, given)
+    made = receipt(found, log, _date(date), version("qwenfit"), source)
     within = not log.died and not misses(made.scores, tolerance)
     if output:
         from .matrix import save_file
@@ -56,16 +59,30 @@ def show_receipt(
             told = {**made.to_json(), "within_tolerance": within, "tolerance": tolerance, "notes": list(notes)}
             write(dumps(told, indent=1, allow_nan=False) + "\n")
         else:
-            write(_text(made, plan, notes, tolerance, within, screen(sys.stdout)))
+            write(_text(made, found, notes, tolerance, within, screen(sys.stdout)))
     except BrokenPipeError:
         quietly_closed()
     return 0 if within else 1
 
 
-def _plan(request: Request) -> EnginePlan:
+def _from_log(log: EngineLog, request: Request, given: Collection[str]) -> tuple[EnginePlan, tuple[str, ...]]:
     from ..planner.search import search
 
-    return search(request).best
+    resolved, notes = asked(log, request, given)
+    return search(resolved).best, notes
+
+
+def _from_file(
+    path: str, log: EngineLog, request: Request, given: Collection[str]
+) -> tuple[EnginePlan, tuple[str, ...]]:
+    """The plan of the log's engine in a file, which says everything else too."""
+    from ..planner.plan_file import read_plan
+
+    more = sorted(set(given) - {"engine", "calibration"})
+    if more:
+        raise BadInput(f"--plan says what was started: leave out {join_or([flag_of(name) for name in more])}")
+    found = read_plan(path, request.engine or log.engine, request.options.calibration)
+    return found.plan, ()
 
 
 def _date(given: str | None) -> str:

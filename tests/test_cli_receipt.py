@@ -121,6 +121,18 @@ def test_receipts_in_and_constants_out(qwen_plan: Any, tmp_path: Path) -> None:
     assert after["request"]["options"]["calibration"] == constants
 
 
+def test_a_plan_from_its_file(qwen_plan: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    asked = ("--model", "0.8b", "--text-only", "--gpu", "epyc-rome-8ch-128gb", "--engine", "vllm", "--weights", "bf16")
+    path.write_text(qwen_plan(*asked, "--ctx", "4096", "--seqs", "2", "--kv-dtype", "bf16", "--json").stdout)
+    done = qwen_plan("receipt", CPU, "--plan", str(path))
+    assert done.status == 0 and done.stdout.startswith("Within 5% (0.0% off in all): vllm 0.32.0"), done.stderr
+    done = qwen_plan("receipt", CPU, "--plan", str(path), "--ctx", "8192", "--gpu", "rtx3060")
+    assert done.status == 2 and "--plan says what was started: leave out --ctx or --gpu" in done.stderr
+    done = qwen_plan("receipt", str(LOGS / "llamacpp-b11434-cpu.log"), "--plan", str(path))
+    assert done.status == 2 and "has no plan for 'llama.cpp'" in done.stderr
+
+
 def test_help_names_both(qwen_plan: Any) -> None:
     told = qwen_plan("--help").stdout
     assert "receipt" in told and "calibrate" in told and "--calibration" in told
