@@ -28,6 +28,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 PRIOR_WITNESSES = 3
 WITNESSES_OF_A_FAMILY = 3  # sources that a family of versions or an architecture needs for a factor of its own
+FOLDS = 50
 LARGEST_FACTOR = 16.0  # beyond it the receipt is of something else
 LARGEST_SPREAD = 16.0
 SMALLEST_MEASURED_BYTES = 1 << 20  # below it the log's rounding is most of the figure
@@ -217,14 +218,17 @@ def _factor(found: Sequence[Witness], versions: str, architecture: str, parent: 
 
 
 def held_out(receipts: Sequence[Receipt]) -> tuple[HeldOut, ...]:
-    """Errors before, and after a calibration by everybody else: every source is left out in turn."""
+    """Errors before, and after a calibration by everybody else: every source is left out in turn, of more than `FOLDS`
+    several at once."""
     found = witnesses(receipts)
     before: dict[tuple[str, str], list[float]] = {}
     after: dict[tuple[str, str], list[float]] = {}
     inside: dict[tuple[str, str], list[bool]] = {}
-    for source in sorted({one.source for one in found}):
-        others = _fitted([one for one in found if one.source != source], "the others")
-        for receipt in (one for one in receipts if one.group == source and not one.log.died):
+    sources = sorted({one.source for one in found})
+    for fold in range(min(len(sources), FOLDS)):
+        out = set(sources[fold::FOLDS])
+        others = _fitted([one for one in found if one.source not in out], "the others")
+        for receipt in (one for one in receipts if one.group in out and not one.log.died):
             engine, _ = _engine_of(receipt)
             told = _by_part(rescored(receipt, others))
             for one in rescored(receipt) or receipt.scores:

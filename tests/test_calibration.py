@@ -2,6 +2,7 @@
 what it did not see.
 """
 
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -254,6 +255,14 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("schema: 1\nfactors: [" * 100, encoding="utf-8")
     with pytest.raises(BadInput):
         read_calibration(str(tmp_path / "x.yaml"))
+
+
+def test_hundreds_of_sources_are_left_out_several_at_once() -> None:
+    receipts = [replace(one, source=f"https://x/{n}/{m}") for n in range(40) for m, one in enumerate(BASE)]
+    begun = time.process_time()
+    [errors] = [one for one in held_out(receipts) if one.part == "graph"]
+    assert time.process_time() - begun < 10
+    assert errors.receipts == 160 and errors.after < 0.1 * errors.before
 
 
 def test_nothing_to_say_is_no_file() -> None:

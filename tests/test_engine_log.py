@@ -157,6 +157,21 @@ def test_what_is_left_unaccounted_for_is_the_runtime_once_the_server_was_ready()
     assert "device0 runtime" not in figures(read_log(row + boot))
 
 
+def test_ollamas_engine_of_2025_names_backends_and_buffers() -> None:
+    """ml/backend/ggml/ggml.go of 0.9 to 0.11, before sizes were collected per device."""
+    log = read_log(
+        'time=2025-06-01T10:00:00Z level=INFO source=ggml.go:351 msg="model weights" buffer=CUDA0 size="4.8 GiB"\n'
+        'time=2025-06-01T10:00:00Z level=INFO source=ggml.go:351 msg="model weights" buffer=CPU size="525.0 MiB"\n'
+        'time=2025-06-01T10:00:01Z level=INFO source=ggml.go:638 msg="compute graph" backend=CUDA0 buffer_type=CUDA0 '
+        'size="1.1 GiB"\n'
+    )
+    assert {key: part.bytes for key, part in figures(log).items()} == {
+        "device0 weights": round(4.8 * (1 << 30)),
+        "host weights": 525 << 20,
+        "device0 activation": round(1.1 * (1 << 30)),
+    }
+
+
 def test_a_quiet_llama_server_is_told_what_to_do() -> None:
     quiet = (
         "0.00.030.827 I srv  llama_server: initializing ...\n0.00.055 I srv    load_model: loading model 'm.gguf'\n"
