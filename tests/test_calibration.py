@@ -24,8 +24,9 @@ from qwenfit.planner.calibration import (
 from qwenfit.planner.calibration_file import read_calibration, text
 from qwenfit.planner.logs.dialect import LoggedPart
 from qwenfit.planner.logs.engine_log import EngineLog
+from qwenfit.planner.memory import Amount, exactly
 from qwenfit.planner.receipt import Receipt, receipt, rescored
-from qwenfit.planner.scores import at_boot
+from qwenfit.planner.scores import PartScore, at_boot
 from qwenfit.profiles.errors import BadInput
 from qwenfit.profiles.frozen import replace
 
@@ -114,6 +115,19 @@ def test_a_receipt_of_weights_that_are_off_makes_no_factor() -> None:
     log = EngineLog("vllm", "0.31.0", None, parts=(wrong,))
     odd = replace(one, log=log)
     assert witnesses([odd]) == () and fit([odd]).factors == ()
+
+
+def test_what_is_told_as_exact_is_no_witness() -> None:
+    """A receipt whose plan cannot be made anew speaks by the scores in its file."""
+    [one] = made({}, runs=1)
+    odd = replace(one, request=replace(one.request, model="a-file-of-mine"))
+    assert rescored(odd) is None
+    planned_bytes = 60 * MIB
+    estimated = PartScore("graph", "device0", Amount(1, planned_bytes, 99 * MIB), 30 * MIB, 0, 1.0, True)
+    [witness] = witnesses([replace(odd, scores=(estimated,))])
+    assert witness.ratio == 0.5
+    exact = replace(estimated, planned=exactly(planned_bytes))
+    assert witnesses([replace(odd, scores=(exact,))]) == ()
 
 
 def test_few_are_believed_less_than_many_and_one_source_is_one_voice() -> None:
