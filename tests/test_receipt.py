@@ -42,6 +42,20 @@ def test_what_the_log_says_need_not_be_typed() -> None:
     assert notes == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "vision"),
+    [
+        ("INFO [model.py:547] Resolved architecture: Qwen3_5MoeForConditionalGeneration", True),
+        ("INFO [model.py:547] Resolved architecture: Qwen3_5MoeForCausalLM", False),
+        ("INFO [api_utils.py:286] non-default args: {'language_model_only': True}", False),
+    ],
+)
+def test_vllm_loads_the_vision_tower_unless_it_says_otherwise(line: str, vision: bool) -> None:
+    log = read_log(f"{line}\n{(LOGS / 'vllm-0.24.0.log').read_text(encoding='utf-8')}")
+    request, _ = asked(log, Request(devices=("rtx5090",)), {"devices"})
+    assert request.vision is vision
+
+
 def test_what_is_typed_counts_more_than_the_log() -> None:
     log = read_log_file(str(LOGS / "vllm-0.24.0.log"))
     typed = Request(model="qwen3.5-9b", devices=("rtx5090",), ctx_tokens=4096, seqs=2, weights="bf16", kv_dtype="bf16")

@@ -200,6 +200,7 @@ DIALECT = Dialect(
         words("language_model_only=", "text_only", r"(?P<value>True|False)", kind="bool"),
         words("'num_speculative_tokens': ", "mtp", r"(?P<value>\d{1,3})"),
         words("num_spec_tokens=", "mtp", r"(?P<value>\d{1,3})"),
+        words("Resolved architecture: ", "architecture", r"(?P<value>\w{1,80})", kind="text"),
         words("quantization=", "quantization", r"'?(?P<value>[\w-]{1,40})", kind="text"),
         words("device_config=", "device_kind", r"(?P<value>cuda|cpu|xpu|rocm|hip)", kind="text"),
         WordFormat(

@@ -93,5 +93,5 @@ def test_vllm_on_a_cpu_by_its_tokens(tmp_path: Path) -> None:
         )
     ).best
     assert all(one.within for one in score(found, log))
-    for key in ("kv_cache_tokens", "max_concurrency", "block_tokens"):
+    for key in ("kv_cache_tokens", "max_concurrency"):
         assert found.detail[key] == log.facts[key]
