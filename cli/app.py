@@ -139,6 +139,7 @@ def _receipt_parameters() -> tuple[Parameter, ...]:
     """What `receipt` takes beside the options of a plan."""
     told: tuple[tuple[str, object, Any], ...] = (
         ("log", str, typer.Argument(..., metavar="LOG", help="boot log of an engine; - reads standard input")),
+        ("plan", str, typer.Option("", "--plan", metavar="PLAN.json", help="what `qwen-plan --json` wrote of it")),
         ("tolerance", float, typer.Option(0.05, "--tolerance", help="share by which totals may be off")),
         ("output", str, typer.Option("", "--output", metavar="RECEIPT.json", help="write the receipt there")),
         ("date", str, typer.Option("", "--date", metavar="DATE", help="of the boot [default: today]")),
@@ -154,18 +155,14 @@ def _receipt_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def _receipt(
-    context: typer.Context, log: str, tolerance: float, output: str, date: str, source: str, json: bool, **given: Any
-) -> None:
+def _receipt(context: typer.Context, log: str, tolerance: float, json: bool, **given: Any) -> None:
     from .options import asked
     from .receipt import show_receipt
 
+    own = {name: given.pop(name) or None for name in ("plan", "output", "date", "source")}
     values: Values = {name: value for name, value in given.items() if value is not None}
     form = "json" if json else "text"
-    request = asked(values).request
-    raise typer.Exit(
-        show_receipt(log, request, values.keys(), tolerance, output or None, form, date or None, source or None)
-    )
+    raise typer.Exit(show_receipt(log, asked(values).request, values.keys(), tolerance=tolerance, form=form, **own))
 
 
 def _calibrate(

@@ -206,7 +206,8 @@ def _vision(log: EngineLog, name: str) -> bool | None:
     """vLLM loads the tower unless told otherwise; what the others load is for the asker to say."""
     if log.engine != "vllm" or not model(name).has_vision:
         return None
-    return log.settings.get("text_only") is not True
+    of_text = (text_of(log.settings, "architecture") or "").endswith("ForCausalLM")
+    return log.settings.get("text_only") is not True and not of_text
 
 
 def _devices_of(log: EngineLog) -> tuple[str, ...]:

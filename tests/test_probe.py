@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwenfit.profiles.machine import Machine
 from qwenfit.profiles.probe import probe
 from qwenfit.profiles.probe.amd import _target
+from qwenfit.profiles.probe.cpu import linux_cpu
 from qwenfit.profiles.probe.tree import Tree, numbers_of
 from qwenfit.profiles.probe.values import Unseen, plain_text, whole
 
