@@ -1,6 +1,6 @@
 """Plans beside runs on this machine: native int4 and int8 of three sizes at two depths, and llama.cpp's buffers.
 
-    python tests/bench/verify_matrix.py --device here.yaml                       native, 12 runs, 20 minutes on two cores
+    python tests/bench/verify_matrix.py --device here.yaml              native, 12 runs, 20 minutes on two cores
     python tests/bench/verify_matrix.py --device here.yaml --llama-server PATH --gguf FILE --gguf FILE
     python tests/bench/verify_matrix.py --table                                  docs/verify.md anew from what was run
 
@@ -95,7 +95,8 @@ def rate_cell(rate: dict[str, Any] | None) -> str:
     if rate is None or rate["planned"] is None:
         return ""
     planned = f"{rate['planned']['low']:.3g} to {rate['planned']['high']:.3g}"
-    return f"{planned}, {'~' if rate['is_estimated'] else ''}{rate['measured']:.3g}{'' if rate['within'] else ' (outside)'}"
+    measured = f"{'~' if rate['is_estimated'] else ''}{rate['measured']:.3g}"
+    return f"{planned}, {measured}{'' if rate['within'] else ' (outside)'}"
 
 
 def main() -> int:
@@ -120,7 +121,8 @@ def main() -> int:
         for ctx in CONTEXTS:
             words = ["--model", gguf, "--gpu", asked.device, "--engine", "llama.cpp", "--ctx", str(ctx)]
             run(f"llama.cpp-{Path(gguf).stem}-{ctx}", words,
-                ["--engine", "llama.cpp", "--binary", asked.llama_server, "--memory-only"])  # fmt: skip
+                ["--engine", "llama.cpp", "--binary", asked.llama_server, "--memory-only", "--prompt-tokens", "16",
+                 "--requests", "1", "--output-tokens", "2"])  # fmt: skip
     if PAGE.exists() and BEGIN in PAGE.read_text():
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
