@@ -84,6 +84,18 @@ class EnginePlan:
         return self.setup.pp
 
     @property
+    def dp(self) -> int:
+        return self.setup.dp
+
+    @property
+    def ep(self) -> int:
+        return self.setup.ep
+
+    @property
+    def nodes(self) -> int:
+        return self.setup.nodes
+
+    @property
     def mtp(self) -> int:
         return self.setup.mtp
 
@@ -183,6 +195,9 @@ class EnginePlan:
             "state_dtype": self.state_dtype,
             "tp": self.tp,
             "pp": self.pp,
+            "dp": self.dp,
+            "ep": self.ep,
+            "nodes": self.nodes,
             "mtp": self.mtp,
             "vision": self.vision,
             "fits": self.fits,
@@ -304,6 +319,10 @@ def _request_json(plan: Plan) -> dict[str, object]:
         "vision": best.vision,
         "tp": request.tp,
         "pp": request.pp,
+        "nodes": request.nodes,
+        "dp": request.dp,
+        "ep": request.ep,
+        "interconnect": best.setup.interconnect.name if best.setup.interconnect else None,
         "options": {name: getattr(options, name) for name in options.__slots__},
         "prices": {name: getattr(request.prices, name) for name in request.prices.__slots__},
     }

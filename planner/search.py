@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import log
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..profiles.box import devices_of
 from ..profiles.device import Device
@@ -26,6 +27,9 @@ from .quality import STATE_DIVERGENCE
 from .request import Options, Request
 from .speed import decode_tokens_per_s
 
+if TYPE_CHECKING:
+    from .placement import Spread
+
 # Free host memory where nobody said how much there is: what a desktop of 32 GiB has left, or one and a half times the
 # devices' own where those are large.
 ASSUMED_HOST_BYTES = 24 << 30
@@ -36,6 +40,7 @@ SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
+MAX_NODES = 128
 
 
 def search(request: Request, advisor: Advisor | None = None) -> Plan:
@@ -45,16 +50,18 @@ def search(request: Request, advisor: Advisor | None = None) -> Plan:
     """
     _check(request)
     asked_model = model(request.model)
-    devices = tuple(device for spec in request.devices for device in devices_of(spec))
-    if not devices:
+    box = tuple(device for spec in request.devices for device in devices_of(spec))
+    if not box:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
+    devices = box * request.nodes
     _check_ranks(request, len(devices))
+    spread = _spread(request, box)
     plans: list[EnginePlan] = []
     skipped: list[Skipped] = []
     for module, version in _engines(request):
         name = module.ENGINE.name
         try:
-            plans.append(_best_of(module, version, request, asked_model, devices))
+            plans.append(_best_of(module, version, request, asked_model, box, spread))
         except Unsupported as reason:
             skipped.append(Skipped(name, str(reason)))
     if not plans:
@@ -73,17 +80,33 @@ def _check(request: Request) -> None:
         raise BadInput(f"{request.mtp} draft tokens: give 0 to 16")
     if request.state_dtype is not None and request.state_dtype not in STATE_DIVERGENCE:
         raise UnknownName(f"no state type {quote(request.state_dtype)}: give float32 or bfloat16")
-    for name, value in (("tp", request.tp), ("pp", request.pp)):
+    for name, value in (("tp", request.tp), ("pp", request.pp), ("dp", request.dp), ("ep", request.ep)):
         if value is not None and not 1 <= value <= 1024:
             raise BadInput(f"{name} of {value}: give 1 to 1024")
+    if not 1 <= request.nodes <= MAX_NODES:
+        raise BadInput(f"{request.nodes} nodes: give 1 to {MAX_NODES}")
 
 
 def _check_ranks(request: Request, devices: int) -> None:
-    ranks = (request.tp or 1) * (request.pp or 1)
+    ranks = (request.tp or 1) * (request.pp or 1) * (request.dp or 1)
     if ranks > devices:
+        replicas = f" x dp {request.dp}" if request.dp else ""
         raise Unsupported(
-            f"tp {request.tp or 1} x pp {request.pp or 1} needs {ranks} devices, and {devices} were given"
+            f"tp {request.tp or 1} x pp {request.pp or 1}{replicas} needs {ranks} devices, and {devices} were given"
         )
+
+
+def _spread(request: Request, box: tuple[Device, ...]) -> "Spread | None":
+    """None for one box and one replica, which is what most ask for."""
+    if request.nodes == 1 and request.dp is None and request.ep is None:
+        if request.interconnect is not None:
+            raise BadInput("--interconnect says what lies between boxes: give --nodes too")
+        return None
+    from ..profiles.interconnect import assumed_interconnect, interconnect
+    from .placement import Spread
+
+    link = interconnect(request.interconnect) if request.interconnect else assumed_interconnect(box)
+    return Spread(request.nodes, request.dp, request.ep, link if request.nodes > 1 else None)
 
 
 def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
@@ -99,9 +122,16 @@ def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
 
 
 def _best_of(
-    module: ModuleType, version: str, request: Request, asked_model: Model, devices: tuple[Device, ...]
+    module: ModuleType,
+    version: str,
+    request: Request,
+    asked_model: Model,
+    devices: tuple[Device, ...],
+    spread: "Spread | None" = None,
 ) -> EnginePlan:
     """The engine's best plan. Experts stay on the devices where that leaves four-bit quality or better."""
+    if spread is not None:
+        return _best_spread(module, version, request, asked_model, devices, spread)
     options = request.options
     assumed = None
     ways = [options]
@@ -142,6 +172,64 @@ def _best_of(
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
     return min(found, key=_rank) if len(found) > 1 else found[0]
+
+
+def _best_spread(
+    module: ModuleType,
+    version: str,
+    request: Request,
+    asked_model: Model,
+    box: tuple[Device, ...],
+    spread: "Spread",
+) -> EnginePlan:
+    """The engine's best plan over several boxes or replicas. Experts stay on the devices. Tensor parallelism over boxes
+    is looked at where nothing else fits and nobody asked for sizes."""
+    notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
+    ways = [spread]
+    if spread.nodes > 1 and request.tp is None:
+        ways.append(replace(spread, across=True))
+    found: list[EnginePlan] = []
+    refusal: str | None = None
+    for way in ways:
+        offered = candidates(
+            module,
+            version,
+            asked_model,
+            box,
+            request.weights,
+            request.kv_dtype,
+            request.state_dtype or "float32",
+            request.mtp,
+            bool(request.vision),
+            request.tp,
+            request.pp,
+            _on_devices(request.options),
+            way,
+        )
+        made = (
+            EnginePlan(
+                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, None, request.prices
+            )
+            for setup, estimate in offered
+        )
+        found += _best_placed(made)
+        refusal = refusal or offered.refusal
+        if found and found[0].fits:
+            break
+    if not found:
+        raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
+    return min(found, key=_rank) if len(found) > 1 else found[0]
+
+
+def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+    """As `_worth_ranking`, but of the placements of one format that surely fit the fastest, not the first."""
+    sure: list[EnginePlan] = []
+    others: list[EnginePlan] = []
+    for found in plans:
+        if sure and (found.weights, found.kv_dtype) != (sure[0].weights, sure[0].kv_dtype):
+            break
+        (sure if found.fits and not found.tight else others).append(found)
+    return [min(sure, key=_rank)] if sure else _worth_ranking(others)
 
 
 def _is_good(candidate: EnginePlan) -> bool:
