@@ -154,7 +154,13 @@ def _spread_setups(
             if obstacle is not None:
                 refusal = refusal or obstacle
                 continue
-            ranks = expert_ranks(model, fmt, place, spread.ep) if module.ENGINE.parallelism == "tensor" else 1
+            ranks = expert_ranks(model, fmt, place, spread.ep)
+            if ranks is None:
+                refusal = refusal or (
+                    f"ep of {spread.ep}: whole experts lie on all tp x dp ranks of a stage, such as "
+                    f"{place.tp * place.dp}; 1 cuts each of them"
+                )
+                continue
             setups.append(
                 Setup(
                     model, fmt, box[: place.box_ranks] * spread.nodes, version, kv_dtype, state_dtype,

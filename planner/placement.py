@@ -9,7 +9,7 @@ Whole experts are dealt out over the ranks of all replicas in a stage (vLLM `fus
 
 from collections.abc import Iterator
 
-from ..profiles.errors import BadInput, Unsupported
+from ..profiles.errors import Unsupported
 from ..profiles.formats import WeightFormat
 from ..profiles.frozen import dataclass
 from ..profiles.interconnect import Interconnect
@@ -123,17 +123,14 @@ def _nowhere(model: Model, box: int, spread: Spread, tp: int | None, pp: int | N
     )
 
 
-def expert_ranks(model: Model, fmt: WeightFormat, place: Placement, ep: int | None) -> int:
-    """Ranks that whole experts are dealt out to, 1 where each expert is cut. BadInput for an `ep` that is neither."""
+def expert_ranks(model: Model, fmt: WeightFormat, place: Placement, ep: int | None) -> int | None:
+    """Ranks that whole experts are dealt out to, 1 where each expert is cut; None where `ep` asks for another number:
+    they lie on all tp x dp ranks of a stage, or on none."""
+    ranks = place.tp * place.dp if model.is_moe else 1
+    if ep is not None:
+        return ep if ep in (1, ranks) else None
     if not model.is_moe:
         return 1
-    ranks = place.tp * place.dp
-    if ep is not None:
-        if ep not in (1, ranks):
-            raise BadInput(
-                f"ep of {ep}: whole experts lie on all tp x dp ranks of a stage, here {ranks}; 1 cuts each of them"
-            )
-        return ep
     if place.dp > 1 or _cuts_blocks(model.moe_intermediate_size, fmt, ranks):
         return ranks
     return 1

@@ -222,14 +222,19 @@ def _best_spread(
 
 
 def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
-    """As `_worth_ranking`, but of the placements of one format that surely fit the fastest, not the first."""
-    sure: list[EnginePlan] = []
+    """As `_worth_ranking`, but of one format the first sure placement for each number of replicas, and of those the
+    fastest."""
+    sure: dict[int, EnginePlan] = {}
     others: list[EnginePlan] = []
     for found in plans:
-        if sure and (found.weights, found.kv_dtype) != (sure[0].weights, sure[0].kv_dtype):
+        first = next(iter(sure.values()), found)
+        if (found.weights, found.kv_dtype) != (first.weights, first.kv_dtype):
             break
-        (sure if found.fits and not found.tight else others).append(found)
-    return [min(sure, key=_rank)] if sure else _worth_ranking(others)
+        if found.fits and not found.tight:
+            sure.setdefault(found.dp, found)
+        else:
+            others.append(found)
+    return [min(sure.values(), key=_rank)] if sure else _worth_ranking(others)
 
 
 def _is_good(candidate: EnginePlan) -> bool:

@@ -11,6 +11,11 @@ HEAD_ADDRESS = "<HEAD_NODE_IP>"  # to be replaced: the box that serves, as every
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+=:,./-_")
 
 
+def node_address(node: int) -> str:
+    """A place holder for the address of a box."""
+    return HEAD_ADDRESS if node == 0 else f"<NODE_{node}_IP>"
+
+
 def checkpoint_name(model: Model, fmt: WeightFormat) -> str:
     """What to give an engine as the model: a repository, or the folder that `qwen-quant` writes."""
     if fmt.name in ("bf16", "checkpoint") or fmt.name == model.stored:
