@@ -127,7 +127,9 @@ def candidates(
     pairs = [(fmt, own) for fmt in formats for own in kv_dtypes]
     pairs.sort(key=lambda pair: divergence(pair[0].divergence, pair[1], state_dtype))
     if spread is not None:
-        setups, why = _spread_setups(module, version, model, devices, pairs, state_dtype, mtp, vision, tp, pp, options, spread)
+        setups, why = _spread_setups(
+            module, version, model, devices, pairs, state_dtype, mtp, vision, tp, pp, options, spread
+        )
         return Candidates(module.estimate, setups, refusal or why)
     places = list(_placements(module.ENGINE, model, len(devices), tp, pp))
     setups = [

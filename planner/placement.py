@@ -118,8 +118,8 @@ def _nowhere(model: Model, box: int, spread: Spread, tp: int | None, pp: int | N
     wanted = ", ".join(f"{name} {size}" for name, size in (("tp", tp), ("pp", pp), ("dp", spread.dp)) if size)
     boxes = f"{spread.nodes} boxes of {box}" if spread.nodes > 1 else f"a box of {box}"
     return (
-        f"{model.name} cannot be laid over {boxes} devices{' with ' + wanted if wanted else ''}: every box takes as many "
-        "ranks as the others, and a tensor-parallel group lies in one box or fills several"
+        f"{model.name} cannot be laid over {boxes} devices{' with ' + wanted if wanted else ''}: every box takes as "
+        "many ranks as the others, and a tensor-parallel group lies in one box or fills several"
     )
 
 

@@ -221,6 +221,10 @@ def _candidate(question: Question, devices: str, mean: int, search: Search) -> C
 def setup(one: Replica) -> str:
     plan = one.plan
     split = f", tensor parallel {plan.tp}" if plan.tp > 1 else f", over {plan.pp} devices" if plan.pp > 1 else ""
+    split += f", pipeline parallel {plan.pp}" if plan.tp > 1 and plan.pp > 1 else ""
+    split += f", data parallel {plan.dp}" if plan.dp > 1 else ""
+    split += f", experts over {plan.ep} ranks" if plan.ep > 1 else ""
+    split += f", {plan.nodes} boxes over {plan.setup.interconnect.name}" if plan.setup.interconnect else ""
     return f"{plan.engine} {plan.engine_version}, {plan.weights}, KV cache {plan.kv_dtype}{split}"
 
 
@@ -255,6 +259,11 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
             for device in dict.fromkeys(plan.setup.devices)
         ]
     told += [
+        *(
+            (f"{kind.replica.devices}: between boxes", link.title, link.source)
+            for kind in found.kinds
+            if (link := kind.replica.plan.setup.interconnect)
+        ),
         (
             "batching",
             "first come first served, chunked prefill, preemption by recomputation",

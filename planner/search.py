@@ -36,6 +36,7 @@ ASSUMED_HOST_BYTES = 24 << 30
 
 FOUR_BIT_DIVERGENCE = 0.03  # the best four-bit recipes lie well below it, the best three-bit ones above
 
+WORTH_TELLING = 1.3  # times as fast
 SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
@@ -218,7 +219,29 @@ def _best_spread(
             break
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
-    return min(found, key=_rank) if len(found) > 1 else found[0]
+    best = min(found, key=_rank) if len(found) > 1 else found[0]
+    return replace(best, notes=notes + _wider_note(module, best)) if request.tp is None else best
+
+
+def _wider_note(module: ModuleType, best: EnginePlan) -> tuple[str, ...]:
+    """What tensor parallelism over the boxes would bring to a plan that goes through them in turn."""
+    setup, link = best.setup, best.setup.interconnect
+    if not best.fits or setup.dp > 1 or setup.tp == 1 == setup.pp or setup.pp % setup.nodes or link is None:
+        return ()
+    if setup.tp_nodes > 1 or not link.takes_tensor_parallelism or not module.ENGINE.replicates:
+        return ()
+    wide = replace(setup, tp=setup.tp * setup.nodes, pp=setup.pp // setup.nodes)
+    try:
+        other = EnginePlan(best.engine, wide, module.estimate(wide), best.ctx_tokens, best.seqs, (), None, best.prices)
+        now, then = decode_tokens_per_s(best), decode_tokens_per_s(other)
+    except Unsupported:
+        return ()
+    if not other.fits or then < WORTH_TELLING * now:
+        return ()
+    return (
+        f"tensor parallelism over the boxes (--tp {wide.tp}) would decode ~{then:.0f} instead of ~{now:.0f} tokens/s "
+        f"at this context, if {link.name} keeps up: pipeline stages are the default, for they ask less of it",
+    )
 
 
 def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
@@ -303,8 +326,10 @@ def _rank(candidate: EnginePlan) -> tuple[float, ...]:
     if not candidate.fits:
         return (2, candidate.shortfall_bytes)
     coarse = candidate.divergence > FOUR_BIT_DIVERGENCE
-    place = 2 * coarse + candidate.allocation.offloads
-    serves = engine_module(candidate.engine).ENGINE.serves
+    engine = engine_module(candidate.engine).ENGINE
+    # llama.cpp's own guide calls its RPC backend, which several boxes take, a proof of concept
+    place = 2 * coarse + (candidate.allocation.offloads or (candidate.nodes > 1 and engine.parallelism == "layers"))
+    serves = engine.serves
     class_of_quality, exact_quality = round(candidate.divergence, 2), round(candidate.divergence, 4)
     return (
         candidate.tight,

@@ -98,7 +98,8 @@ def weight_table(model: Model, fmt: WeightFormat, tp: int = 1, dp: int = 1, ep: 
             whole = dp > 1 and piece.role.startswith("shared_expert.")
             size = _rank_bytes(piece, model, fmt, 1 if whole else tp) * piece.per_layer
         elif ep > 1:
-            size = -(-_rank_bytes(piece, model, fmt, 1) * piece.per_layer * -(-model.num_experts // ep) // model.num_experts)
+            most = -(-model.num_experts // ep)  # that a rank gets
+            size = -(-_rank_bytes(piece, model, fmt, 1) * piece.per_layer * most // model.num_experts)
         else:
             size = _rank_bytes(piece, model, fmt, tp * dp) * piece.per_layer
         if piece.part == "vision":

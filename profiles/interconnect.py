@@ -72,8 +72,8 @@ def interconnect(text: str) -> Interconnect:
 def assumed_interconnect(box: tuple[Device, ...]) -> Interconnect:
     """What a box of these devices is sold with; 10 Gb/s Ethernet where nobody says."""
     device, file = box[0], _file()
-    rows = (row for row in file["assumed"] if row.get("device") == device.name or row.get("link") == device.interconnect)
-    row = next((row for row in rows if "device" in row or device.interconnect), file["otherwise"])
+    known = {row.get("device") or row["link"]: row for row in file["assumed"]}
+    row = known.get(device.name) or known.get(device.interconnect or "") or file["otherwise"]
     link = next(one for one in interconnects() if one["name"] == row["interconnect"])
     return _made(link, row.get("ports_per_box") or len(box), assumed=True)
 

@@ -34,7 +34,7 @@ class Engine:
 class Setup:
     """Everything that decides memory apart from the context length and the number of sequences.
 
-    `len(devices) == tp * pp * dp`; rank r of stage s of replica d is `devices[(d * pp + s) * tp + r]`, and the boxes are
+    `len(devices) == tp * pp * dp`; rank r of stage s of replica d is `devices[(d * pp + s) * tp + r]`, and boxes are
     equal runs of them. An engine that splits by layers gets tp = 1 and pp = the number of devices.
     """
 

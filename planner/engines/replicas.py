@@ -6,8 +6,8 @@ from .engine import Allocation, Estimate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replicas:
-    """`dp` replicas of what `one` is the arithmetic of, on all their devices: requests are dealt out evenly, so that the
-    fullest has its share of them, rounded up. Contexts are not divided."""
+    """`dp` replicas of what `one` is the arithmetic of, on all their devices: requests are dealt out evenly, so that
+    the fullest has its share of them, rounded up. Contexts are not divided."""
 
     one: Estimate
     dp: int

@@ -14,8 +14,8 @@ from ...profiles.model import Model
 from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
-from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .replicas import over_replicas
+from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
 from .support import capability, is_fp4, named_capability, spread_warnings, unlike_ranks, warnings
 from .vllm_budget import stage_weights
@@ -174,7 +174,7 @@ def _refuse_spread(setup: Setup) -> None:
     """`arg_groups/validation_hook.py`, `check_server_args`: replicas of whole models stay in one box."""
     if setup.dp > 1 and setup.expert_dp == 1 and setup.nodes > 1:
         raise Unsupported(
-            f"SGLang {setup.version} keeps replicas of a dense model in one box: leave out --dp, or start it in each box"
+            f"SGLang {setup.version} keeps replicas of a dense model in one box: leave out --dp, or start one in each"
         )
 
 

@@ -3,7 +3,6 @@
 from .engine import Setup
 from .launch import HEAD_ADDRESS, checkpoint_name, compact_json, rope_overrides, shell_line
 
-
 DIST_INIT_PORT = 20000  # as in SGLang's guide to several boxes; any free one
 
 

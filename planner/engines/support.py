@@ -65,7 +65,8 @@ def spread_warnings(setup: Setup) -> tuple[str, ...]:
         if setup.tp_nodes > 1:
             slow = "" if link.takes_tensor_parallelism else ", and this link is slow for it"
             found.append(
-                f"tensor parallelism over {setup.tp_nodes} boxes: every layer waits twice for the link between them{slow}"
+                f"tensor parallelism over {setup.tp_nodes} boxes: every layer waits twice for the link between "
+                f"them{slow}"
             )
         elif setup.expert_dp > 1:
             found.append("replicas share the experts over the link between boxes: every layer waits twice for it")

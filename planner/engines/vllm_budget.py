@@ -290,8 +290,8 @@ class VllmEstimate:
 
 def stage_weights(table: WeightTable, setup: Setup, stage: int, layers: range | None = None) -> int:
     """One rank of one stage: embedding and vision tower on the first; lm_head, norm and drafts on the last. Where these
-    are two, an embedding that is tied to the lm_head or read by drafts lies on both. `layers`: those of the stage, where
-    they are not vLLM's."""
+    are two, an embedding that is tied to the lm_head or read by drafts lies on both. `layers`: those of the stage,
+    where they are not vLLM's."""
     layers = layers or stage_layers(setup.model.num_layers, setup.pp)[stage]
     first, last = stage == 0, stage == setup.pp - 1
     total = sum(table.layers[layers.start : layers.stop]) + sum(table.experts[layers.start : layers.stop])

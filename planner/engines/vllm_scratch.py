@@ -126,9 +126,7 @@ def encoder_bytes(model: Model, image_tokens: int, tp: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def activations(
-    model: Model, tp: int, batch_tokens: int, image_tokens: int, dp: int = 1, ep: int = 1
-) -> Activations:
+def activations(model: Model, tp: int, batch_tokens: int, image_tokens: int, dp: int = 1, ep: int = 1) -> Activations:
     """`image_tokens` is the largest image that is encoded, 0 where the vision tower is not loaded. `dp` replicas share
     experts that lie over `ep` ranks."""
     layers = layer_token_bytes(model, tp, dp, ep) * batch_tokens
