@@ -33,6 +33,12 @@ class Replica:
     command: str
 
     @property
+    def title(self) -> str:
+        """What makes one replica, in words."""
+        nodes = self.plan.nodes
+        return f"({nodes} boxes of {self.devices})" if nodes > 1 else self.devices
+
+    @property
     def device_count(self) -> int:
         return len(self.plan.setup.devices)
 

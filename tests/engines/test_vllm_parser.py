@@ -40,7 +40,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 def spread(asked):
-    # what vLLM itself makes of the sizes: ranks of a replica and of all, boxes that one reaches over, its ranks in a box
+    # what vLLM makes of the sizes: ranks of a replica and of all, boxes that one reaches over, its ranks in one of them
     sizes = {name: asked[name] for name in SIZES}
     local = asked["data_parallel_size_local"]
     if local is None:
