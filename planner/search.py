@@ -54,9 +54,10 @@ def search(request: Request, advisor: Advisor | None = None) -> Plan:
     box = tuple(device for spec in request.devices for device in devices_of(spec))
     if not box:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
-    devices = box * request.nodes
+    devices, spread = box, None
+    if request.nodes != 1 or request.dp is not None or request.ep is not None or request.interconnect is not None:
+        devices, spread = box * request.nodes, _spread(request, box)
     _check_ranks(request, len(devices))
-    spread = _spread(request, box)
     plans: list[EnginePlan] = []
     skipped: list[Skipped] = []
     for module, version in _engines(request):
@@ -81,11 +82,9 @@ def _check(request: Request) -> None:
         raise BadInput(f"{request.mtp} draft tokens: give 0 to 16")
     if request.state_dtype is not None and request.state_dtype not in STATE_DIVERGENCE:
         raise UnknownName(f"no state type {quote(request.state_dtype)}: give float32 or bfloat16")
-    for name, value in (("tp", request.tp), ("pp", request.pp), ("dp", request.dp), ("ep", request.ep)):
+    for name, value in (("tp", request.tp), ("pp", request.pp)):
         if value is not None and not 1 <= value <= 1024:
             raise BadInput(f"{name} of {value}: give 1 to 1024")
-    if not 1 <= request.nodes <= MAX_NODES:
-        raise BadInput(f"{request.nodes} nodes: give 1 to {MAX_NODES}")
 
 
 def _check_ranks(request: Request, devices: int) -> None:
@@ -97,12 +96,15 @@ def _check_ranks(request: Request, devices: int) -> None:
         )
 
 
-def _spread(request: Request, box: tuple[Device, ...]) -> "Spread | None":
-    """None for one box and one replica, which is what most ask for."""
-    if request.nodes == 1 and request.dp is None and request.ep is None:
-        if request.interconnect is not None:
-            raise BadInput("--interconnect says what lies between boxes: give --nodes too")
-        return None
+def _spread(request: Request, box: tuple[Device, ...]) -> "Spread":
+    """What was asked of boxes and replicas, checked."""
+    for name, value in (("dp", request.dp), ("ep", request.ep)):
+        if value is not None and not 1 <= value <= 1024:
+            raise BadInput(f"{name} of {value}: give 1 to 1024")
+    if not 1 <= request.nodes <= MAX_NODES:
+        raise BadInput(f"{request.nodes} nodes: give 1 to {MAX_NODES}")
+    if request.nodes == 1 and request.interconnect is not None:
+        raise BadInput("--interconnect says what lies between boxes: give --nodes too")
     from ..profiles.interconnect import assumed_interconnect, interconnect
     from .placement import Spread
 

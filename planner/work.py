@@ -92,7 +92,7 @@ def work(
     weighs, where that is known; everything is scaled to it. Raises Unsupported where `tp` does not divide the model.
     The devices are those of one replica; `dp` of them share experts that lie over `ep` ranks (`weight_table`).
     """
-    table = weight_table(model, weights, tp, dp, ep)
+    table = weight_table(model, weights, tp) if dp == ep == 1 else weight_table(model, weights, tp, dp, ep)
     scale = file_bytes / _file_bytes(model, weights) if file_bytes else 1.0
     flops = _flops(model)
     head_bytes = table.lm_head or table.embedding

@@ -11,13 +11,12 @@ from ...profiles.device import Device
 from ...profiles.errors import BadInput, Unsupported
 from ...profiles.formats import WeightFormat, weight_format
 from ...profiles.model import Model
-from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
 from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
-from .support import capability, is_fp4, named_capability, spread_warnings, unlike_ranks, warnings
+from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .vllm_budget import stage_weights
 from .vllm_scratch import MIB, MID
 
@@ -129,6 +128,7 @@ def estimate(setup: Setup) -> Estimate:
     """Raises Unsupported where the setup cannot start whatever its memory."""
     options, devices, model = setup.options, setup.devices, setup.model
     _refuse_spread(setup)
+    spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
     wide = setup.tp * setup.expert_dp  # SGLang's tp_size: replicas that share experts lie inside it
     for device in dict.fromkeys(devices):
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device)
@@ -153,9 +153,7 @@ def estimate(setup: Setup) -> Estimate:
         stations=stations,
         place_of_rank=place_of_rank,
         chunks=chunks,
-        activations=tuple(
-            scratch.activations(model, setup.tp, tokens, image_tokens, setup.expert_dp, setup.ep) for tokens in chunks
-        ),
+        activations=tuple(scratch.activations(model, setup.tp, tokens, image_tokens, *spread) for tokens in chunks),
         row_bytes=(low * (1 + setup.mtp), mid * (1 + setup.mtp), high * (1 + setup.mtp)),
         largest_decode_batch=own_defaults(smallest, wide)[1],
         cuda_graphs=options.cuda_graphs,
@@ -200,7 +198,7 @@ def _chunks(setup: Setup, default: int) -> tuple[int, ...]:
 
 
 def _stations(setup: Setup) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = weight_table(setup.model, setup.weights, setup.tp, setup.expert_dp, setup.ep)
+    table = rank_table(setup)
     layers = stage_layers(setup.model.num_layers, setup.pp)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []

@@ -5,6 +5,7 @@ from functools import lru_cache
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
+from ..weights import WeightTable, weight_table
 from .engine import Setup
 
 
@@ -31,6 +32,13 @@ def unlike_ranks(setup: Setup) -> tuple[tuple[tuple[int, Device], ...], tuple[in
         for rank, device in enumerate(setup.devices)
     ]
     return tuple(places), tuple(of_rank)
+
+
+def rank_table(setup: Setup) -> WeightTable:
+    """Weights as they fall on one rank."""
+    if setup.expert_dp == setup.ep == 1:  # the same key as everybody's
+        return weight_table(setup.model, setup.weights, setup.tp)
+    return weight_table(setup.model, setup.weights, setup.tp, setup.expert_dp, setup.ep)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
-from .support import capability, is_fp4, named_capability, spread_warnings, unlike_ranks, warnings
+from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
@@ -186,10 +186,8 @@ def estimate(setup: Setup) -> Estimate:
     image_tokens = 0
     if setup.vision and setup.model.vision is not None:
         image_tokens = options.image_tokens or setup.model.vision.max_image_tokens
-    activations = tuple(
-        scratch.activations(setup.model, setup.tp, tokens, image_tokens, setup.expert_dp, setup.ep)
-        for tokens in batches
-    )
+    spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
+    activations = tuple(scratch.activations(setup.model, setup.tp, tokens, image_tokens, *spread) for tokens in batches)
     if any(device.kind == "cpu" for device in devices):
         if len(devices) > 1:
             raise Unsupported("vLLM's CPU backend is planned for one machine, not for several or beside a GPU")
@@ -253,7 +251,7 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 
 
 def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = weight_table(setup.model, setup.weights, setup.tp, setup.expert_dp, setup.ep)
+    table = rank_table(setup)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
     for stage, device in places:
