@@ -23,6 +23,7 @@ HELP = """Does it fit? The memory of a Qwen3.5 model as each engine allocates it
 EPILOG = "Exit status: 0 it fits, 1 it does not fit, 2 no answer."
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 REPORTS = ("text", "html", "markdown", "json")
+RECEIPT_FORMATS = ("text", "json")
 CATALOG_FORMATS = tuple(form for form in FORMATS if form != "github")
 
 Wanted = Annotated[str, typer.Argument(metavar="[WORD]", help="only those with this in their name", show_default=False)]
@@ -54,6 +55,10 @@ def build(answer: Answer) -> typer.Typer:
     app.command("models", help="List the models that have a profile.")(_models)
     app.command("matrix", help="Check a file of device x model x context against requirements, for CI.")(_matrix)
     app.command("report", help="Write a capacity report: what a deployment serves, how fast, at what cost.")(_report)
+    receipt = app.command("receipt", help="Set an engine's boot log beside its plan, part by part.")
+    _sign(_receipt, (*map(_parameter, filter(_asks, OPTIONS)), *_receipt_parameters()))
+    receipt(_receipt)
+    app.command("calibrate", help="Refit the estimated constants from receipts.")(_calibrate)
     return app
 
 
@@ -121,6 +126,54 @@ def _report(
     if form not in REPORTS:
         raise BadInput(f"--format {form}: a report has {', '.join(REPORTS)}")
     raise typer.Exit(capacity_report(file, output or [], "json" if json else form))
+
+
+def _asks(option: Option) -> bool:
+    """Whether it says what was started; the rest is about prices and renderings."""
+    return option.group in ("request", "options")
+
+
+def _receipt_parameters() -> tuple[Parameter, ...]:
+    """What `receipt` takes beside the options of a plan."""
+    told: tuple[tuple[str, object, Any], ...] = (
+        ("log", str, typer.Argument(..., metavar="LOG", help="boot log of an engine; - reads standard input")),
+        ("tolerance", float, typer.Option(0.05, "--tolerance", help="share by which totals may be off")),
+        ("output", str, typer.Option("", "--output", metavar="RECEIPT.json", help="write the receipt there")),
+        ("date", str, typer.Option("", "--date", metavar="DATE", help="of the boot [default: today]")),
+        (
+            "source",
+            str,
+            typer.Option("", "--source", metavar="LINK", help="where the log stands, or a name of the run"),
+        ),
+        ("json", bool, typer.Option(False, "--json", help="the receipt as JSON on stdout")),
+    )
+    return tuple(
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, kind, default in told
+    )
+
+
+def _receipt(
+    context: typer.Context, log: str, tolerance: float, output: str, date: str, source: str, json: bool, **given: Any
+) -> None:
+    from .options import asked
+    from .receipt import show_receipt
+
+    values: Values = {name: value for name, value in given.items() if value is not None}
+    form = "json" if json else "text"
+    request = asked(values).request
+    raise typer.Exit(
+        show_receipt(log, request, values.keys(), tolerance, output or None, form, date or None, source or None)
+    )
+
+
+def _calibrate(
+    receipts: Annotated[list[str], typer.Argument(metavar="RECEIPTS", help="folders of receipts, or files")],
+    output: Annotated[str, typer.Option("--output", metavar="FILE.yaml", help="write the constants there")] = "",
+    json: Json = False,
+) -> None:
+    from .calibrate import calibrate
+
+    raise typer.Exit(calibrate(receipts, output or None, "json" if json else "text"))
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:

@@ -100,6 +100,12 @@ def parse_amount(text: str) -> float:
     return float(text)
 
 
+def parse_calibration(text: str) -> object:
+    from ..planner.calibration_file import read_calibration
+
+    return read_calibration(text)
+
+
 def parse_name(text: str) -> str:
     if not text.strip():
         raise BadInput("an empty text names nothing")
@@ -264,6 +270,14 @@ OPTIONS = (
         ("--cuda-graphs",),
         "capture graphs for decoding, or not [default: yes]",
         off=("--no-cuda-graphs",),
+        group="options",
+    ),
+    Option(
+        "calibration",
+        ("--calibration",),
+        "plan with the constants that `qwen-plan calibrate` wrote there [default: the built-in ones]",
+        "FILE",
+        parse_calibration,
         group="options",
     ),
     Option(

@@ -8,10 +8,15 @@
 it. Every --prompt and every --prompt-tokens is a sequence of its own. --prompt takes the folder's tokenizer.json, where
 the package `tokenizers` is installed; token ids need neither. Without a prompt every sequence reads --prompt-length
 random tokens, and no token stops it: a measurement. --random takes the shapes of a model of the catalog (or of a
-config.json) and draws its weights: for memory and speed, where there is no checkpoint.
+config.json) and draws its weights in a format of `qwen-plan --weights`: for memory and speed, where there is no
+checkpoint. --layers takes the first layers only, for a machine that is too small for all.
+
+--depth fills every sequence with that many random tokens in chunks, for --limit-s seconds at most, and decodes behind
+them (`runtime/measuring.py`): that is how a plan is verified.
 
 Planned are bytes by the formulas of the plan, allocated those of the tensors; scratch is what a chunk may take, and
-beside it what it took. On a CPU the peak is that of the whole process, Python and torch in it (some 400 MB).
+beside it what it took. Runtime is what else there is in the peak: on a CPU that of the whole process, Python and torch
+in it; on a GPU what the driver counts for the process, where it says so.
 
 An error is one sentence on stderr and exit status 2.
 """
@@ -28,26 +33,26 @@ from typing import Any
 import torch
 
 from ..profiles.checkpoint import read_folder
+from ..profiles.formats import weight_format
 from .runtime.generate import Generation, generate
 from .runtime.loading import load
+from .runtime.measuring import Measured, measure
 from .runtime.memory import (
     CPU_CHUNK_TOKENS,
     GPU_CHUNK_TOKENS,
     Settings,
     allocate,
-    arena_bytes,
-    decode_bytes,
     kv_bytes,
     reserve_scratch,
+    scratch_bytes,
     state_bytes,
 )
 from .runtime.model import weight_bytes
-from .runtime.process_memory import peak_bytes, restart_peak, used_bytes
+from .runtime.process_memory import driver_bytes, peak_bytes, restart_peak, used_bytes
 from .runtime.sampling import Sampling
 from .runtime.synthetic import synthetic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-RANDOM_BITS = {"int4": 4, "int8": 8, "bf16": 16}
 GIB = 1 << 30
 
 
@@ -74,46 +79,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Load, allocate, generate: everything that is printed, as JSON has it. ValueError in one sentence."""
     device = _device(options.device)
+    start_bytes = used_bytes(device)
     tokenizer = None if options.random else _tokenizer(options.folder, is_needed=bool(options.prompt))
     chunk = options.prefill_chunk or (CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS)
     seqs = options.seqs or max(1, len(options.prompt) + len(options.prompt_tokens))
     settings = Settings(options.ctx, seqs, options.kv_dtype, options.state_dtype, chunk, options.mtp)
     dtype = DTYPES[options.dtype]
     if options.random:
-        bits = RANDOM_BITS[options.random]
-        model = synthetic(options.folder, bits, drafts=options.mtp, dtype=dtype, device=device)
+        fmt = weight_format(options.random)
+        model = synthetic(options.folder, fmt, options.mtp, dtype, device, layers=options.layers)
     else:
-        model = load(options.folder, options.mtp, dtype, device)
-    prompts = _prompts(options, tokenizer, settings, model.configuration.vocab_size)
-    stop_tokens = () if options.ignore_stop or not (options.prompt or options.prompt_tokens) else None
-    scratch_bytes = arena_bytes(model.configuration, chunk) + decode_bytes(model.configuration, settings)
-    reserve_scratch(scratch_bytes, device)
+        model = load(options.folder, options.mtp, dtype, device, layers=options.layers)
+    scratch = scratch_bytes(model.configuration, settings, device.type == "cpu")
+    reserve_scratch(scratch, device)
     buffers = allocate(model.configuration, settings, dtype, device)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     restart_peak(device)
     before = used_bytes(device)
-    found = generate(model, buffers, prompts, options.tokens, sampling, stop_tokens)
-    peak = peak_bytes(device)
+    if options.depth:
+        found = measure(model, buffers, options.depth, options.tokens, options.limit_s, options.seed)
+        tokens: Sequence[Sequence[int]] = ()
+        speed = _measured(found)
+    else:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+        prompts = _prompts(options, tokenizer, settings, model.configuration.vocab_size)
+        stop_tokens = () if options.ignore_stop or not (options.prompt or options.prompt_tokens) else None
+        generation = generate(model, buffers, prompts, options.tokens, sampling, stop_tokens)
+        tokens, speed = generation.tokens, _speed(generation)
+    peak, driver = peak_bytes(device), driver_bytes(device)
     parts = (
         Part("weights", _stored_bytes(options), weight_bytes(model)),
         Part("kv_cache", kv_bytes(model.configuration, settings), buffers.kv_bytes),
         Part("recurrent_state", state_bytes(model.configuration, settings), buffers.state_bytes),
-        Part("scratch", scratch_bytes, max(0, peak - before)),
-        Part("peak", None, peak),
+        Part("scratch", scratch, max(0, peak - before)),
     )
+    total = peak if driver is None else driver
+    rest = (
+        None if device.type == "cuda" and driver is None else total - sum(part.allocated_bytes or 0 for part in parts)
+    )
+    parts += (Part("runtime", None, rest), Part("peak", None, total))
     return {
         "model": options.folder,
         "architecture": model.configuration.architecture,
+        "layers": model.configuration.num_layers,
         "dtype": options.dtype,
         "device": str(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "settings": asdict(settings),
-        "sampling": asdict(sampling),
+        "sampling": None if options.depth else asdict(sampling),
         "operations": dict(model.operations.choices),
         "memory": {part.name: {"planned": part.planned_bytes, "allocated": part.allocated_bytes} for part in parts},
-        "speed": _speed(found),
-        "tokens": found.tokens,
-        "text": [tokenizer.decode(list(text)) for text in found.tokens] if tokenizer else None,
+        "start_bytes": start_bytes,
+        "speed": speed,
+        "tokens": tokens,
+        "text": [tokenizer.decode(list(text)) for text in tokens] if tokenizer else None,
     }
 
 
@@ -128,6 +146,25 @@ def _speed(found: Generation) -> dict[str, Any]:
         "steps": found.steps,
         "drafted": found.drafted,
         "accepted": found.accepted,
+    }
+
+
+def _measured(found: Measured) -> dict[str, Any]:
+    """The same keys, and what was filled in rather than computed."""
+    gained = round(found.steps * found.sequences * found.accepted_per_step)
+    return {
+        "prefill_tokens": found.depth_tokens * found.sequences,
+        "prefill_tokens_per_s": found.prefill_tokens_per_s,
+        "decode_tokens": gained,
+        "decode_tokens_per_s": found.decode_tokens_per_s,
+        "steps": found.steps,
+        "drafted": None,
+        "accepted": gained - found.steps * found.sequences,
+        "depth_tokens": found.depth_tokens,
+        "computed_tokens": found.computed_tokens,
+        "prefill_is_estimated": found.is_estimated,
+        "first_chunk_s": found.first_chunk_s,
+        "last_chunk_s": found.last_chunk_s,
     }
 
 
@@ -151,7 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-stop", action="store_true", help="stop tokens do not stop it")
-    parser.add_argument("--random", choices=RANDOM_BITS, help="draw weights of these bits")
+    parser.add_argument("--random", metavar="FORMAT", help="draw weights in this format: int4, int8, bf16, int4-g64")
+    parser.add_argument("--layers", type=int, help="only the first of them")
+    parser.add_argument("--depth", type=int, default=0, help="fill every sequence with that many tokens, then decode")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="with --depth: time for reading them")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -192,7 +232,7 @@ def _prompts(options: argparse.Namespace, tokenizer: Any, settings: Settings, vo
 
 def _stored_bytes(options: argparse.Namespace) -> int | None:
     """Bytes of the text (and the prediction layer, with drafts) in the files: what the plan counts for a folder."""
-    if options.random:
+    if options.random or options.layers:
         return None
     parts = ("text", "mtp") if options.mtp else ("text",)
     tensors = read_folder(options.folder).tensors
@@ -210,6 +250,8 @@ def _rendered(report: dict[str, Any]) -> str:
     for name, part in report["memory"].items():
         lines.append(f"{name.replace('_', ' '):<16}{_gib(part['planned']):>10}{_gib(part['allocated']):>11}")
     lines += ["", f"prefill  {speed['prefill_tokens']:>6} tokens  {speed['prefill_tokens_per_s']:>9.1f} tokens/s"]
+    if speed.get("prefill_is_estimated"):
+        lines[-1] += f"  (from {speed['computed_tokens']} tokens that were read; the others were filled in)"
     if speed["decode_tokens_per_s"] is not None:
         lines.append(f"decode   {speed['decode_tokens']:>6} tokens  {speed['decode_tokens_per_s']:>9.1f} tokens/s")
     if speed["drafted"]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..profiles.device import Device
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
+from .documents import device_json, digest, options_json
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
 from .memory import Amount, Memory
 from .quality import divergence
@@ -210,6 +211,7 @@ class EnginePlan:
             "speed": self.speed.to_json() if self.speed else None,
             "energy": self.energy.to_json() if self.energy else None,
             "quality": {"divergence": self.divergence, "basis": "estimated"},
+            "options": options_json(self.setup.options),
             "detail": self.detail,
             "command": self.command,
         }
@@ -240,6 +242,11 @@ class Plan:
         return self.advisor(self) if self.advisor else ()
 
     def to_json(self) -> dict[str, object]:
+        """The document of `--json`. `sha256` is of all the rest, so that a file says whether somebody changed it."""
+        document = self._document()
+        return {**document, "sha256": digest(document)}
+
+    def _document(self) -> dict[str, object]:
         return {
             "schema": 1,
             "request": _request_json(self),
@@ -255,6 +262,7 @@ class Plan:
                 for advice in self.advice
             ],
             "skipped": [{"engine": skipped.engine, "reason": skipped.reason} for skipped in self.skipped],
+            "profiles": [device_json(device) for device in dict.fromkeys(self.devices)],
         }
 
 
@@ -308,6 +316,7 @@ def _request_json(plan: Plan) -> dict[str, object]:
     options = request.options
     return {
         "model": plan.model.name,
+        "model_path": plan.model.path,
         "devices": [device.name for device in plan.devices],
         "ctx_tokens": request.ctx_tokens,
         "seqs": request.seqs,
@@ -323,6 +332,9 @@ def _request_json(plan: Plan) -> dict[str, object]:
         "dp": request.dp,
         "ep": request.ep,
         "interconnect": best.setup.interconnect.name if best.setup.interconnect else None,
-        "options": {name: getattr(options, name) for name in options.__slots__},
+        "options": {
+            **{name: getattr(options, name) for name in options.__slots__ if name != "calibration"},
+            **({"calibration": options.calibration.name} if options.calibration else {}),
+        },
         "prices": {name: getattr(request.prices, name) for name in request.prices.__slots__},
     }

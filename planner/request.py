@@ -1,6 +1,11 @@
 """What is asked: a model, devices, a context and a number of sequences, and whatever the asker wants fixed."""
 
+from typing import TYPE_CHECKING
+
 from ..profiles.frozen import dataclass, field
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +20,7 @@ class Options:
     image_tokens: int | None = None  # largest image, in tokens; None: the model's own limit
     offload_experts: bool | None = None  # routed experts in host memory; None: only where nothing else fits
     host_memory_bytes: int | None = None  # None: not known; search.py says what is then taken for granted
+    calibration: "Calibration | None" = None  # of estimated constants, from receipts; None: as they are built in
 
 
 @dataclass(frozen=True, slots=True)

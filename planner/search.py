@@ -44,18 +44,20 @@ MAX_ASKED_SEQS = 1_000_000
 MAX_NODES = 128
 
 
-def search(request: Request, advisor: Advisor | None = None) -> Plan:
-    """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is.
+def search(request: Request, advisor: Advisor | None = None, devices: tuple[Device, ...] = ()) -> Plan:
+    """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is. `devices` stand
+    for those of the box that the request names, where their figures are at hand.
 
     Raises UnknownName, BadInput or Unsupported where there is no answer; "does not fit" is an answer.
     """
     _check(request)
     asked_model = model(request.model)
-    box = tuple(device for spec in request.devices for device in devices_of(spec))
+    box = devices or tuple(device for spec in request.devices for device in devices_of(spec))
     if not box:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
     devices, spread = box, None
-    if request.nodes != 1 or request.dp is not None or request.ep is not None or request.interconnect is not None:
+    ones = (None, 1)
+    if request.nodes != 1 or request.dp not in ones or request.ep not in ones or request.interconnect is not None:
         devices, spread = box * request.nodes, _spread(request, box)
     _check_ranks(request, len(devices))
     plans: list[EnginePlan] = []

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import ceil, prod
 
-from .frozen import dataclass, field
+from .errors import Unsupported
+from .frozen import dataclass, field, replace
 
 # Bits of one element by safetensors' dtype word (safetensors 0.8, `Dtype`). GGML's block types are in `ggml.py`.
 DTYPE_BITS = {
@@ -245,3 +246,29 @@ class Model:
     def _trained_tokens(self) -> int:
         original = self.rope.get("original_max_position_embeddings")
         return original if isinstance(original, int) else self.max_position_embeddings
+
+
+def first_layers(model: Model, count: int) -> Model:
+    """The model without the text layers behind the first `count`: for a run on a machine that is too small for all.
+
+    `Unsupported` where they are not whole repetitions of linear and full attention, and so do not stand for the rest.
+    """
+    kinds = model.layer_types
+    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds)
+    if not 0 < count <= len(kinds) or count % period:
+        raise Unsupported(f"{count} layers of {model.name}: give a multiple of {period}, up to {len(kinds)}")
+    kept = frozenset(range(count))
+
+    def shorter(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = []
+        for tensor in tensors:
+            if tensor.part != "text" or not tensor.layers:
+                found.append(tensor)
+            elif layers := tuple(layer for layer in tensor.layers if layer in kept):
+                found.append(replace(tensor, layers=layers))
+        return tuple(found)
+
+    return replace(
+        model, layer_types=kinds[:count], tensors=shorter(model.tensors), original=shorter(model.original),
+        release_bytes=None,
+    )  # fmt: skip

@@ -83,7 +83,7 @@ def test_everything_reaches_the_request() -> None:
         "--api-usd-per-million 2.5 --job-tokens 78000000 --format markdown"
     )
     values = read(line.split())
-    assert values is not None and len(values) == len(OPTIONS) - 1  # --json is the other way to say --format json
+    assert values is not None and len(values) == len(OPTIONS) - 2  # --json is --format json; --calibration needs a file
     question = asked(values)
     assert question.request == Request(
         model="27b",

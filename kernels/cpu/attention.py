@@ -5,6 +5,8 @@ which takes nine times as long as two matmuls for one query (torch 2.13, bfloat1
 values are read once for all query heads that share them, which is what memory allows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .norm import c_library
 from .operations import DTYPES, Program, Rows, operation, pointer, rows_of
 
 SPLITS = 16
-QUERY_ROWS = 64  # queries of a chunk that attend together: scores of [heads, QUERY_ROWS, context] in float32 at a time
+QUERY_ROWS, KEY_TOKENS = 64, 2048  # queries that attend to keys together: scores of [H, 64, 2048] in float32 at a time
 
 
 def store_kv(cache: KVCache, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -85,36 +87,62 @@ def attention_prefill(
     result = torch.empty(q.shape, dtype=q.dtype)
     bounds = cu_seqlens.tolist()
     for slot, start, first, last in zip(slots.tolist(), starts.tolist(), bounds, bounds[1:], strict=False):
-        keys, values = (_cached(x, s, slot, start + last - first, wide) for x, s in _cache_pairs(cache))
-        for begin in range(first, last, QUERY_ROWS):
-            rows = slice(begin, min(begin + QUERY_ROWS, last))
-            seen = start + rows.stop - first
-            part = _attend(q[rows].to(wide), keys[:, :seen], values[:, :seen], start + begin - first)
-            result[rows] = (part * gate[rows].to(wide).sigmoid()).to(q.dtype)
+        if last > first:
+            for begin, part in _attend(q[first:last], cache, slot, start, wide):
+                rows = slice(first + begin, first + begin + part.shape[0])
+                result[rows] = part.mul_(gate[rows].to(wide).sigmoid()).to(q.dtype)
     return result.flatten(-2)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """q [n, H, D] at positions start .. start + n - 1 over keys, values [KV, start + n, D] -> [n, H, D]."""
+def _attend(q: Tensor, cache: KVCache, slot: int, start: int, wide: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """q [n, H, D] at positions start .. start + n - 1 over the keys of all positions up to their own: pairs of a first
+    row and what its block became, [up to 64, H, D] in `wide`.
+
+    Tile after tile of keys, with the running maximum and sum of Milakov and Gimelshein (2018): what it takes besides
+    q and its result does not grow with the context.
+    """
     tokens, heads, size = q.shape
-    kv_heads = keys.shape[0]
-    # Query heads that share a key head become rows of one matmul.
-    grouped = q.view(tokens, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
-    scores = torch.bmm(grouped * size**-0.5, keys.mT).view(kv_heads, heads // kv_heads, tokens, -1)
-    unseen = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    scores[..., start:].masked_fill_(unseen, float("-inf"))
-    weights = scores.softmax(-1).view(kv_heads, -1, scores.shape[-1])
-    mixed = torch.bmm(weights, values).view(kv_heads, heads // kv_heads, tokens, size)
-    return mixed.permute(2, 0, 1, 3).reshape(tokens, heads, size)
+    kv_heads = cache.keys.shape[1]
+    # Query heads that share a key head become rows of one matmul: blocks of [KV, H / KV * n, D].
+    blocks = [
+        (part.to(wide) * size**-0.5)
+        .view(-1, kv_heads, heads // kv_heads, size)
+        .permute(1, 2, 0, 3)
+        .reshape(kv_heads, -1, size)
+        for part in q.split(QUERY_ROWS)
+    ]
+    mixed = [torch.zeros_like(block) for block in blocks]
+    top = [torch.full_like(block[..., :1], float("-inf")) for block in blocks]
+    total = [torch.zeros_like(block[..., :1]) for block in blocks]
+    for begin in range(0, start + tokens, KEY_TOKENS):
+        seen = slice(begin, min(begin + KEY_TOKENS, start + tokens))
+        keys, values = (_cached(x, scales, slot, seen, wide) for x, scales in _cache_pairs(cache))
+        for number in range(max(0, begin - start) // QUERY_ROWS, len(blocks)):
+            first = start + number * QUERY_ROWS
+            last = min(first + QUERY_ROWS, start + tokens)
+            reach = slice(0, min(seen.stop, last) - begin)  # no query of the block sees further
+            scores = torch.bmm(blocks[number], keys[:, reach].mT)
+            if begin + reach.stop > first + 1:
+                unseen = torch.arange(begin, begin + reach.stop) > torch.arange(first, last)[:, None]
+                scores.view(kv_heads, -1, *unseen.shape).masked_fill_(unseen, float("-inf"))
+            highest = torch.maximum(top[number], scores.amax(-1, keepdim=True))
+            weights = scores.sub_(highest).exp_()
+            fade = top[number].sub_(highest).exp_()
+            total[number].mul_(fade).add_(weights.sum(-1, keepdim=True))
+            mixed[number].mul_(fade).baddbmm_(weights, values[:, reach])
+            top[number] = highest
+    for number, (part, sums) in enumerate(zip(mixed, total, strict=True)):
+        ready = part.div_(sums).view(kv_heads, heads // kv_heads, -1, size).permute(2, 0, 1, 3)
+        yield number * QUERY_ROWS, ready.reshape(-1, heads, size)
 
 
 def _cache_pairs(cache: KVCache) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
 
 
-def _cached(stored: Tensor, scales: Tensor | None, slot: int, tokens: int, dtype: torch.dtype) -> Tensor:
-    rows = stored[slot, :, :tokens].to(dtype)
-    return rows if scales is None else rows.mul_(scales[slot, :, :tokens, None])
+def _cached(stored: Tensor, scales: Tensor | None, slot: int, seen: slice, dtype: torch.dtype) -> Tensor:
+    rows = stored[slot, :, seen].to(dtype)
+    return rows if scales is None else rows.mul_(scales[slot, :, seen, None])
 
 
 def cache_fields(cache: KVCache) -> dict[str, int | None]:

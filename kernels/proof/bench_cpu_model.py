@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ...profiles.formats import weight_format
 from ..bench_cpu import random_weight
 from ..cpu.path import cpu_path
 from ..layout.packing import QuantizedWeight
 from ..runtime import model as forward_pass
+from ..runtime.measuring import fill_caches
 from ..runtime.memory import Buffers, Settings, allocate
 from ..runtime.model import Model, decode_step, prefill_step, weight_bytes
 from ..runtime.synthetic import synthetic
@@ -44,24 +46,13 @@ def compare(options: argparse.Namespace, threads: int) -> list[dict[str, object]
 
 def model_with_head(name: str, head: str) -> Model:
     """A synthetic int4 model whose lm_head is bf16, int8 or int4; a tied embedding is the same tensor."""
-    model = synthetic(name, bits=4, operations=cpu_path())
+    model = synthetic(name, weight_format("int4-sym"), operations=cpu_path())
     if head == "bf16":
         return model
     vocabulary, hidden = model.configuration.vocab_size, model.configuration.hidden_size
     packed = random_weight(vocabulary, hidden, int(head.removeprefix("int")), 128)
     tied = model.lm_head is model.embedding
     return replace(model, lm_head=packed, embedding=packed if tied else model.embedding)
-
-
-def fill_caches(buffers: Buffers) -> None:
-    """Keys and values in memory of their own: untouched pages of zeros would all be one page in the cache."""
-    pattern = torch.randn(1_000_003)
-    for cache in buffers.caches:
-        for tensor in (cache.keys, cache.values):
-            flat = tensor.view(-1)
-            for first in range(0, flat.numel(), pattern.numel()):
-                part = flat[first : first + pattern.numel()]
-                part.copy_(pattern[: part.numel()])
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ NV linear key / value heads, DK / DV their dims, C = 2 NK DK + NV DV channels of
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...profiles.checkpoint import read_folder
@@ -82,6 +82,19 @@ class Configuration:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    def with_layers(self, count: int | None) -> "Configuration":
+        """The first `count` layers of it, all of them for None; ValueError where there are not so many, or they are
+        not whole repetitions of linear and full attention (a slice is to stand for the whole)."""
+        if count is None or count == self.num_layers:
+            return self
+        kinds = self.layer_types
+        period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds)
+        if not 0 < count <= self.num_layers or count % period:
+            raise ValueError(
+                f"{count} layers of {self.num_layers}: give a multiple of {period}, up to {self.num_layers}"
+            )
+        return replace(self, layer_types=kinds[:count])
 
 
 def configuration_of(

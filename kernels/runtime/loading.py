@@ -21,13 +21,15 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     operations: Operations | None = None,
+    layers: int | None = None,
 ) -> Model:
-    """The model in a checkpoint folder, bf16 or quantized; the prediction layer only with drafts.
+    """The model in a checkpoint folder, bf16 or quantized; the prediction layer only with drafts; `layers`: the first
+    of them only.
 
     operations None: those that `operations_for` chooses for the device. ValueError in one sentence where the folder is
     damaged, of another architecture, or quantized in a way that the runtime does not have.
     """
-    configuration = read_configuration(folder)
+    configuration = read_configuration(folder).with_layers(layers)
     where = torch.device(device)
     with weights_in_pages():
         source = open_checkpoint(folder)

@@ -7,7 +7,8 @@ The formulas are those of `planner/engines/native.py`, which may not be imported
     state           per linear-attention layer: [slots, NV, DV, DK] float32 or bfloat16 and the last W - 1 columns of
                     convolution input [slots, C, W - 1]; slots = seqs (1 + drafts)
     scratch         a chunk of T tokens takes and frees at most `arena_bytes`. On a GPU that much is taken from the
-                    driver at the start and left to torch's allocator; on a CPU the heap keeps it (`heap.py`)
+                    driver at the start and left to torch's allocator; on a CPU the heap keeps it (`heap.py`), with
+                    holes, and attention adds tiles of keys, values and scores in float32 (`cpu/attention.py`)
 
 Slots. Sequence b owns slots b (1 + drafts) ... b (1 + drafts) + drafts, and `Buffers.current[b]` says which of them
 holds its state. A step of S tokens reads that one and leaves the state after its token s in slot
@@ -29,6 +30,9 @@ DECODE_SPLITS = 16
 KV_DTYPES = ("bf16", "int8")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
+CPU_QUERY_ROWS, CPU_KEY_TOKENS = 64, 2048  # as in cpu/attention.py
+# Holes of a heap that is never given back: 4 layers of 0.8B, 4B and 9B at chunks of 128 and 512 tokens, measured.
+CPU_HEAP_SHARE, CPU_HEAP_BYTES = 1.25, 18_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,17 @@ def arena_bytes(configuration: Configuration, chunk_tokens: int) -> int:
         shared = 3 * configuration.shared_expert_intermediate_size
         mlp = 2 * (configuration.num_experts_per_tok * routed + shared) + 4 * configuration.num_experts
     return chunk_tokens * (4 * configuration.hidden_size + max(delta_rule, attention, mlp))
+
+
+def scratch_bytes(configuration: Configuration, settings: Settings, on_cpu: bool) -> int:
+    """What a run is expected to hold at most beside weights, cache and state: a chunk's arena, decode, and on a CPU
+    what goes with the heap."""
+    arena = arena_bytes(configuration, settings.prefill_chunk_tokens)
+    if on_cpu:
+        keys = 8 * configuration.num_key_value_heads * configuration.head_dim
+        scores = 4 * CPU_QUERY_ROWS * configuration.num_attention_heads
+        arena = int(CPU_HEAP_SHARE * arena) + CPU_KEY_TOKENS * (keys + scores) + CPU_HEAP_BYTES
+    return arena + decode_bytes(configuration, settings)
 
 
 def decode_bytes(configuration: Configuration, settings: Settings) -> int:

@@ -1,5 +1,6 @@
 """How much memory this process has had at most: on a GPU what torch's allocator says, on a CPU what the kernel says."""
 
+import os
 import sys
 
 import torch
@@ -19,6 +20,23 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM") or _most_resident_bytes()
+
+
+def driver_bytes(device: torch.device) -> int | None:
+    """Bytes that the GPU's driver counts for this process now: allocator, context, kernels. None where nobody says."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # A handle by UUID: torch numbers the devices that CUDA_VISIBLE_DEVICES leaves, NVML all of them.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        used = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        return int(used[0]) if used and used[0] else None
+    except Exception:  # no NVML, an old torch without UUIDs, a container with process numbers of its own
+        return None
 
 
 def restart_peak(device: torch.device) -> None:

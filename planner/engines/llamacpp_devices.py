@@ -12,6 +12,7 @@
 """
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat, pieces
@@ -22,6 +23,9 @@ from ..weights import WeightTable, weight_table
 from .engine import Setup
 from .llamacpp_cache import cell_bytes, layer_state_bytes
 from .llamacpp_compute import HOST_ALIGNMENT, PIPELINE_COPIES, Place
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 MIB = 1 << 20
 REPACKED_TYPES = frozenset(("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"))  # x86 with AVX2, ARM with dot products
@@ -58,6 +62,17 @@ def backend_of(device: Device) -> Backend:
     return BACKENDS[_BACKEND_OF_VENDOR.get(device.vendor, "vulkan")]
 
 
+@lru_cache(maxsize=256)
+def calibrated_backend(device: Device, calibration: "Calibration | None", version: str) -> Backend:
+    """The same with what receipts say of its runtime: its buffers are exact as they are."""
+    backend = backend_of(device)
+    factor = calibration.factor("llama.cpp", version, (device,), "runtime") if calibration else None
+    if factor is None:
+        return backend
+    runtime = backend.runtime
+    return replace(backend, runtime=estimated(*factor.scaled((runtime.low, runtime.mid, runtime.high))))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """What one device holds of the model. Bytes that do not depend on context or sequences."""
@@ -91,6 +106,8 @@ def shares(
     vision: bool,
     image_tokens: int | None,
     moved: int = 0,
+    calibration: "Calibration | None" = None,
+    version: str = "",
 ) -> tuple[Share, ...]:
     """One share per device, layers dealt out so that every device is filled to the same fraction. The first `moved`
     layers have their routed experts in host memory."""
@@ -106,7 +123,7 @@ def shares(
         last = index == len(devices) - 1
         layers = range(first, first + counts[index])
         attention = model.layer_types[layers.start : layers.stop].count("full_attention")
-        backend = backend_of(device)
+        backend = calibrated_backend(device, calibration, version)
         weights = sum(loads[layers.start : layers.stop])
         if last:
             weights += table.norm + (table.lm_head or table.embedding)
@@ -244,7 +261,18 @@ class Layout:
 
 def layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
     options, mtp = setup.options, bool(setup.mtp)
-    found = shares(setup.model, setup.weights, setup.devices, *types, mtp, setup.vision, options.image_tokens, moved)
+    found = shares(
+        setup.model,
+        setup.weights,
+        setup.devices,
+        *types,
+        mtp,
+        setup.vision,
+        options.image_tokens,
+        moved,
+        options.calibration,
+        setup.version,
+    )
     return _layout(setup, found, moved)
 
 

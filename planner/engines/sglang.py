@@ -18,7 +18,7 @@ from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
 from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .vllm_budget import stage_weights
-from .vllm_scratch import MIB, MID
+from .vllm_scratch import MIB, MID, Constants
 
 ENGINE = Engine(
     name="sglang",
@@ -141,20 +141,24 @@ def estimate(setup: Setup) -> Estimate:
     image_tokens = 0
     if setup.vision and model.vision is not None:
         image_tokens = options.image_tokens or model.vision.max_image_tokens
-    stations, place_of_rank = _stations(setup)
+    constants = scratch.constants(options.calibration, "sglang", setup.version, devices)
+    stations, place_of_rank = _stations(setup, constants)
     own = min(
         own_fraction(device, model, wide, setup.pp, setup.vision, options.cuda_graphs)
         for device in dict.fromkeys(devices)
     )
-    low, mid, high = scratch.sampler_row_bytes(model)
+    low, mid, high = scratch.sampler_row_bytes(model, constants)
     made = SglangEstimate(
         setup=setup,
         sizes=sizes,
         stations=stations,
         place_of_rank=place_of_rank,
         chunks=chunks,
-        activations=tuple(scratch.activations(model, setup.tp, tokens, image_tokens, *spread) for tokens in chunks),
+        activations=tuple(
+            scratch.activations(model, setup.tp, tokens, image_tokens, constants, *spread) for tokens in chunks
+        ),
         row_bytes=(low * (1 + setup.mtp), mid * (1 + setup.mtp), high * (1 + setup.mtp)),
+        graph_bytes_per_capture=constants.graph_bytes_per_capture,
         largest_decode_batch=own_defaults(smallest, wide)[1],
         cuda_graphs=options.cuda_graphs,
         workspace_bytes=FLASHINFER_WORKSPACE_BYTES if smallest.vendor == "nvidia" else 0,
@@ -197,14 +201,14 @@ def _chunks(setup: Setup, default: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def _stations(setup: Setup) -> tuple[tuple[Station, ...], tuple[int, ...]]:
+def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = rank_table(setup)
     layers = stage_layers(setup.model.num_layers, setup.pp)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
     for stage, device in places:
         fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
-        context = scratch.outside(len(setup.devices), False, fp4)
+        context = scratch.outside(len(setup.devices), False, fp4, constants)
         safe_fraction = device.safe_fraction or 1
         stations.append(
             Station(

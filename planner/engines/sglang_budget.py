@@ -48,6 +48,7 @@ class SglangEstimate:
     chunks: tuple[int, ...]  # chunks of prefill to choose from, the preferred one first
     activations: tuple[Activations, ...]  # one per chunk
     row_bytes: Bounds
+    graph_bytes_per_capture: Bounds
     largest_decode_batch: int
     cuda_graphs: bool
     workspace_bytes: int
@@ -73,8 +74,9 @@ class SglangEstimate:
             return 0.0
         batch = min(seqs, self.largest_decode_batch)
         captures = bisect_left(DECODE_BATCHES, batch) + 1
+        size = self.graph_bytes_per_capture
         prefill = PREFILL_GRAPH_BYTES * PREFILL_GRAPHS.get(self.chunks[chunk], 50)
-        return captures * scratch.CONSTANTS.graph_bytes_per_capture[bound] + prefill
+        return captures * size[bound] + prefill * size[MID] / scratch.CONSTANTS.graph_bytes_per_capture[MID]
 
     def _active_bytes(self, seqs: int, chunk: int, bound: int) -> float:
         """Peak of encoder, layers and sampler, which come one after another, and what is held throughout."""

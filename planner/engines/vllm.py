@@ -19,7 +19,7 @@ from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
 from .vllm_pool import KERNEL_BLOCK_TOKENS, Layout, layout, prefix_caching_default
-from .vllm_scratch import GIB, Bounds
+from .vllm_scratch import GIB, Bounds, Constants
 
 ENGINE = Engine(
     name="vllm",
@@ -187,7 +187,10 @@ def estimate(setup: Setup) -> Estimate:
     if setup.vision and setup.model.vision is not None:
         image_tokens = options.image_tokens or setup.model.vision.max_image_tokens
     spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
-    activations = tuple(scratch.activations(setup.model, setup.tp, tokens, image_tokens, *spread) for tokens in batches)
+    constants = scratch.constants(options.calibration, "vllm", setup.version, devices)
+    activations = tuple(
+        scratch.activations(setup.model, setup.tp, tokens, image_tokens, constants, *spread) for tokens in batches
+    )
     if any(device.kind == "cpu" for device in devices):
         if len(devices) > 1:
             raise Unsupported("vLLM's CPU backend is planned for one machine, not for several or beside a GPU")
@@ -197,11 +200,12 @@ def estimate(setup: Setup) -> Estimate:
             weights_bytes=stage_weights(weight_table(setup.model, setup.weights, 1), setup, 0),
             batch_tokens=batches[0],
             activations=activations[0],
-            row_bytes=_row_bytes(setup),
+            row_bytes=_row_bytes(setup, constants),
+            process=constants.cpu_process,
             prefix_caching=prefix_caching,
             warnings=warnings("vLLM", devices, setup.model, setup.weights),
         )
-    stations, place_of_rank = _stations(setup, cut)
+    stations, place_of_rank = _stations(setup, cut, constants)
     made = VllmEstimate(
         setup=setup,
         layout=cut,
@@ -209,7 +213,8 @@ def estimate(setup: Setup) -> Estimate:
         place_of_rank=place_of_rank,
         batches=batches,
         activations=activations,
-        row_bytes=_row_bytes(setup),
+        row_bytes=_row_bytes(setup, constants),
+        graph_bytes_per_capture=constants.graph_bytes_per_capture,
         largest_capture=max(map(scratch.largest_capture, devices)) if options.cuda_graphs else 0,
         default_thousandths=920 if since(setup.version, "0.20") else 900,
         fixed_thousandths=_fixed_thousandths(options.gpu_memory_utilization),
@@ -219,8 +224,8 @@ def estimate(setup: Setup) -> Estimate:
     return over_replicas(made, setup.dp)
 
 
-def _row_bytes(setup: Setup) -> Bounds:
-    low, mid, high = scratch.sampler_row_bytes(setup.model)
+def _row_bytes(setup: Setup, constants: Constants) -> Bounds:
+    low, mid, high = scratch.sampler_row_bytes(setup.model, constants)
     return low * (1 + setup.mtp), mid * (1 + setup.mtp), high * (1 + setup.mtp)
 
 
@@ -250,7 +255,7 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
     return tuple(batches)
 
 
-def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int, ...]]:
+def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = rank_table(setup)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
@@ -264,7 +269,7 @@ def _stations(setup: Setup, cut: Layout) -> tuple[tuple[Station, ...], tuple[int
                 block_bytes=cut.stage_bytes_per_block[stage],
                 total_bytes=device.usable_bytes,
                 reach_bytes=int(device.usable_bytes * safe_fraction),
-                outside=scratch.outside(len(setup.devices), uses_flashinfer(device, setup.kv_dtype), fp4),
+                outside=scratch.outside(len(setup.devices), uses_flashinfer(device, setup.kv_dtype), fp4, constants),
             )
         )
     return tuple(stations), place_of_rank

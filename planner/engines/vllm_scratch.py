@@ -1,8 +1,8 @@
 """What vLLM takes beside weights and cache: activations, captured graphs, and what lies outside its budget.
 
-None of this can be computed exactly. Every constant is an interval with its source in `CONSTANTS`, one frozen value
-that a later calibration can replace. Shapes come from vLLM 0.32: `v1/worker/gpu_model_runner.py` (`profile_run`,
-`_dummy_sampler_run`), `config/vllm.py` (`_set_cudagraph_sizes`), and the kernels that it carries
+None of this can be computed exactly. Every constant is an interval with its source in `CONSTANTS`, one frozen value of
+which a calibration (`../calibration.py`) makes another. Shapes come from vLLM 0.32: `v1/worker/gpu_model_runner.py`
+(`profile_run`, `_dummy_sampler_run`), `config/vllm.py` (`_set_cudagraph_sizes`), and the kernels that it carries
 (`third_party/flash_linear_attention/ops/chunk.py`).
 
 Two things are easily missed. The profile run skips the Gated DeltaNet kernels (`_warmup_prefill_kernels` runs 64 tokens
@@ -13,10 +13,14 @@ Letters: E hidden, V vocabulary, NK, NV, DK, DV as in `profiles/model.py`; T tok
 """
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
-from ...profiles.frozen import dataclass
+from ...profiles.frozen import dataclass, replace
 from ...profiles.model import Model
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,7 +33,7 @@ NONE: Bounds = (0.0, 0.0, 0.0)
 LOW, MID, HIGH = range(3)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Constants:
     """Bytes, unless they scale something. Each with its source beside it in `CONSTANTS`."""
 
@@ -70,6 +74,27 @@ CONSTANTS = Constants(
     # estimate
     cpu_process=(1.0 * GIB, 1.6 * GIB, 2.5 * GIB),
 )
+
+
+# What a log can say of each part, and the constants behind it. A real prefill's part (`delta`) is in no log.
+CALIBRATED = {
+    "graph": ("graph_bytes_per_capture",),
+    "activation": ("workspace", "layers", "encoder", "sampler_bytes_per_logit"),
+    "runtime": ("context", "communicator", "late", "late_fp4", "cpu_process"),
+}
+
+
+@lru_cache(maxsize=256)
+def constants(calibration: "Calibration | None", engine: str, version: str, devices: tuple[Device, ...]) -> Constants:
+    """`CONSTANTS`, or what receipts made of them for an engine, a version and devices."""
+    if calibration is None:
+        return CONSTANTS
+    changes: dict[str, Bounds] = {}
+    for part, names in CALIBRATED.items():
+        factor = calibration.factor(engine, version, devices, part)
+        if factor is not None:
+            changes |= {name: factor.scaled(getattr(CONSTANTS, name)) for name in names}
+    return replace(CONSTANTS, **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +151,31 @@ def encoder_bytes(model: Model, image_tokens: int, tp: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def activations(model: Model, tp: int, batch_tokens: int, image_tokens: int, dp: int = 1, ep: int = 1) -> Activations:
+def activations(
+    model: Model,
+    tp: int,
+    batch_tokens: int,
+    image_tokens: int,
+    constants: Constants = CONSTANTS,
+    dp: int = 1,
+    ep: int = 1,
+) -> Activations:
     """`image_tokens` is the largest image that is encoded, 0 where the vision tower is not loaded. `dp` replicas share
     experts that lie over `ep` ranks."""
     layers = layer_token_bytes(model, tp, dp, ep) * batch_tokens
     encoder = encoder_bytes(model, image_tokens, tp)
     images = 2 * image_tokens * model.vision.out_hidden_size if model.vision else 0
     inputs = 2 * batch_tokens * model.hidden_size
-    low, mid, high = (max(a * layers, b * encoder) for a, b in zip(CONSTANTS.layers, CONSTANTS.encoder, strict=True))
-    held_low, held_mid, held_high = (images + inputs + extra for extra in CONSTANTS.workspace)
+    low, mid, high = (max(a * layers, b * encoder) for a, b in zip(constants.layers, constants.encoder, strict=True))
+    held_low, held_mid, held_high = (images + inputs + extra for extra in constants.workspace)
     delta = delta_token_bytes(model, tp) * batch_tokens
-    beyond_low, beyond_mid, beyond_high = (max(0.0, scale * delta - mid) for scale in CONSTANTS.delta)
+    beyond_low, beyond_mid, beyond_high = (max(0.0, scale * delta - mid) for scale in constants.delta)
     return Activations((low, mid, high), (held_low, held_mid, held_high), (beyond_low, beyond_mid, beyond_high))
 
 
-def sampler_row_bytes(model: Model) -> Bounds:
+def sampler_row_bytes(model: Model, constants: Constants = CONSTANTS) -> Bounds:
     """One sampled row: the whole vocabulary, on every rank."""
-    low, mid, high = CONSTANTS.sampler_bytes_per_logit
+    low, mid, high = constants.sampler_bytes_per_logit
     return low * model.vocab_size, mid * model.vocab_size, high * model.vocab_size
 
 
@@ -162,12 +195,12 @@ def largest_capture(device: Device) -> int:
     return 1024 if (device.compute_capability or "").startswith("10.") else 512
 
 
-def outside(ranks: int, flashinfer: bool, fp4: bool) -> Bounds:
+def outside(ranks: int, flashinfer: bool, fp4: bool, constants: Constants = CONSTANTS) -> Bounds:
     """Beyond the budget whatever is served: driver, communicator, attention workspace, what follows the profile."""
-    late = CONSTANTS.late_fp4 if fp4 else CONSTANTS.late
-    shared = CONSTANTS.communicator if ranks > 1 else NONE
+    late = constants.late_fp4 if fp4 else constants.late
+    shared = constants.communicator if ranks > 1 else NONE
     workspace = FLASHINFER_WORKSPACE_BYTES if flashinfer else 0
-    low, mid, high = zip(CONSTANTS.context, shared, late, strict=True)
+    low, mid, high = zip(constants.context, shared, late, strict=True)
     expected = sum(mid) + workspace
     # they have nothing to do with one another, so that not all of them are at their ends at once
     below = sum((m - lo) ** 2 for m, lo in zip(mid, low, strict=True)) ** 0.5

@@ -22,9 +22,9 @@ from qwenfit.kernels.runtime.memory import (
     Settings,
     allocate,
     arena_bytes,
-    decode_bytes,
     kv_bytes,
     reserve_scratch,
+    scratch_bytes,
     state_bytes,
 )
 from qwenfit.kernels.runtime.model import forward, prefill_step, weight_bytes
@@ -70,7 +70,7 @@ def test_allocated_is_planned(name: str, kv_dtype: str, state_dtype: str, drafts
     buffers = allocate(configuration, settings, torch.bfloat16, "cpu")
     assert buffers.kv_bytes == kv_bytes(configuration, settings) == memory.kv_cache.mid
     assert buffers.state_bytes == state_bytes(configuration, settings) == memory.recurrent_state.mid
-    assert arena_bytes(configuration, 64) + decode_bytes(configuration, settings) == memory.activation.mid
+    assert scratch_bytes(configuration, settings, on_cpu=True) == memory.activation.mid
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
@@ -92,8 +92,7 @@ def test_the_same_formulas_for_every_release(name: str, settings: Settings) -> N
     configuration = configuration_of(catalog_model(name))
     assert kv_bytes(configuration, settings) == memory.kv_cache.mid
     assert state_bytes(configuration, settings) == memory.recurrent_state.mid
-    scratch = arena_bytes(configuration, settings.prefill_chunk_tokens) + decode_bytes(configuration, settings)
-    assert scratch == memory.activation.mid
+    assert scratch_bytes(configuration, settings, on_cpu=True) == memory.activation.mid
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])

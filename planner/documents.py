@@ -1,0 +1,34 @@
+"""What plans and receipts tell of devices and options, so that either can be made anew, and a document's own digest."""
+
+from collections.abc import Mapping
+
+from ..profiles.device import Device
+from ..profiles.frozen import fields
+from .request import Options
+
+
+def digest(document: Mapping[str, object]) -> str:
+    """SHA-256 of a plan's document without its `sha256`, in one spelling of JSON: sorted keys, no spaces."""
+    from hashlib import sha256
+    from json import dumps
+
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    return sha256(dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def device_json(device: Device) -> dict[str, object]:
+    """The figures of a profile, under the keys of a device file; where on this machine a file lies stays here."""
+    told: dict[str, object] = {}
+    for one in fields(device):
+        value = getattr(device, one.name)
+        if value is not None and one.name != "path":
+            told[one.name] = dict(value) if isinstance(value, Mapping) else value
+    if device.path:
+        told["source"] = told["usable_source"] = "a device file"
+    return told
+
+
+def options_json(options: Options) -> dict[str, object]:
+    """What is set of the engine's options; of a calibration only that there is one (its factors are a file)."""
+    told = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "calibration"}
+    return {name: value for name, value in told.items() if value is not None}
