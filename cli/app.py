@@ -54,6 +54,7 @@ def build(answer: Answer) -> typer.Typer:
     app.command("models", help="List the models that have a profile.")(_models)
     app.command("matrix", help="Check a file of device x model x context against requirements, for CI.")(_matrix)
     app.command("report", help="Write a capacity report: what a deployment serves, how fast, at what cost.")(_report)
+    app.command("serve", help="Serve the planner as a web page and a JSON API, on this machine.")(_serve)
     return app
 
 
@@ -121,6 +122,23 @@ def _report(
     if form not in REPORTS:
         raise BadInput(f"--format {form}: a report has {', '.join(REPORTS)}")
     raise typer.Exit(capacity_report(file, output or [], "json" if json else form))
+
+
+def _serve(
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free")] = 8035,
+    allow_auto: Annotated[
+        bool, typer.Option("--allow-auto", help="offer this machine as a device: whoever opens the page learns of it")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="another name under which the page may be asked for"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="say the address as JSON")] = False,
+) -> None:
+    from .serve import serve
+
+    serve(host, port, allow_auto, allow_host or [], json)
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:
