@@ -20,6 +20,7 @@ def app(
     them. No documentation pages: theirs fetch scripts from elsewhere."""
     made = FastAPI(title="qwen-plan", summary=SUMMARY, docs_url=None, redoc_url=None)
     desk = Desk(allow_auto)
+    desk.warm()
     made.include_router(web(desk))
     made.include_router(api(desk))
     guard(made, list(hosts), rate, report_rate, problem)

@@ -19,6 +19,11 @@ class Desk:
         self.allow_auto = allow_auto
         self.turns, self.reports = Turns(AT_ONCE, WAIT_S), Turns(REPORTS_AT_ONCE, REPORT_WAIT_S)
 
+    def warm(self) -> None:
+        """The first question imports every engine, which takes longer than any answer may: asked before anybody does."""
+        self.offers(Question())
+        self.plan(Question())
+
     def plan(self, question: Question) -> Plan:
         """`plan()`'s answer. This machine's memory changes, so questions about it are not remembered."""
         request = question.request(self.allow_auto)

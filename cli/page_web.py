@@ -21,11 +21,10 @@ from .page_desk import Desk
 from .page_guard import invalid
 from .page_question import AUTO, CONTEXTS, MAX_DEVICES, MAX_ROWS, Question, from_query, query, slider_step, tokens_text
 
-PATIENCE_S = 0.03  # of one answer, for the devices that would do; /offers goes on where that is not enough
-MORE_PATIENCE_S = 0.08
+PATIENCE_S = 0.04  # of one look through the devices that would do; the page asks again until it is complete
+FIRST_PATIENCE_S = 0.4  # where the whole page is asked for
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "page_htmx.min.js": "text/javascript"}
 MEDIA = {"html": "text/html", "md": "text/markdown", "json": "application/json"}
-FRAGMENTS = ("/answer", "/offers")
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -44,12 +43,12 @@ def web(desk: Desk) -> APIRouter:
     async def answer(http: Request) -> Response:
         question = from_query(http.query_params.multi_items())
         told = await desk.turns.run(lambda: _answer(desk, question))
-        return HTMLResponse(_render("page_answer.html.j2", told), headers={"HX-Trigger": dumps(_moved(question))})
+        return HTMLResponse(_render("page_moved.html.j2", told), headers={"HX-Trigger": dumps(_moved(question))})
 
     @router.get("/offers")
     async def offers(http: Request) -> Response:
         question = from_query(http.query_params.multi_items())
-        told = await desk.turns.run(lambda: _offers(desk, question, MORE_PATIENCE_S))
+        told = await desk.turns.run(lambda: _offers(desk, question, PATIENCE_S))
         return HTMLResponse(_render("page_offers.html.j2", told))
 
     @router.get("/plan.{kind}")
@@ -80,8 +79,10 @@ def web(desk: Desk) -> APIRouter:
 
 def problem(http: Request, sentence: str, status: int) -> Response:
     """An error where it will be read: in the page's place for answers, or as JSON."""
-    if http.scope["path"] in FRAGMENTS:
-        return HTMLResponse(_render("page_problem.html.j2", {"problem": sentence}), status)
+    if http.scope["path"] == "/answer":
+        return HTMLResponse(_render("page_stopped.html.j2", {"problem": sentence}), status)
+    if http.scope["path"] == "/offers":
+        return HTMLResponse("", status)
     return JSONResponse({"error": sentence}, status)
 
 
@@ -94,7 +95,7 @@ def _page(desk: Desk, pairs: Pairs) -> Response:
     except ValidationError as error:
         return _whole(desk, Question(), {"problem": invalid(error)[0]}, 422)
     try:
-        return _whole(desk, question, {"problem": None, **_answer(desk, question)}, 200)
+        return _whole(desk, question, {**_answer(desk, question), **_offers(desk, question, FIRST_PATIENCE_S)}, 200)
     except QwenfitError as error:
         return _whole(desk, question, {"problem": str(error)}, 422)
 
@@ -111,7 +112,7 @@ def _whole(desk: Desk, question: Question, told: dict[str, Any], status: int) ->
         "max_rows": MAX_ROWS,
         "max_devices": MAX_DEVICES,
     }
-    return HTMLResponse(_render("page.html.j2", {**form, **told}), status)
+    return HTMLResponse(_render("page.html.j2", {"problem": None, **form, **told}), status)
 
 
 def _answer(desk: Desk, question: Question) -> dict[str, Any]:
@@ -124,7 +125,6 @@ def _answer(desk: Desk, question: Question) -> dict[str, Any]:
         "max_users": page_report.MAX_USERS,
         "runner_up_titles": phrases.RUNNER_UP_TITLES,
         "how_sure": phrases.HOW_SURE,
-        **_offers(desk, question, PATIENCE_S),
     }
 
 
@@ -135,7 +135,6 @@ def _offers(desk: Desk, question: Question, patience_s: float) -> dict[str, Any]
         "offer_rows": offer_rows(found),
         "offer_sources": offer_sources(found),
         "offers_complete": found.complete,
-        "query": query(question),
     }
 
 

@@ -90,9 +90,26 @@ def _by_price(device_count: int) -> Iterator[tuple[int, Price]]:
     yield from sorted(pairs, key=lambda pair: pair[0] * pair[1].usd)
 
 
-@lru_cache(maxsize=1024)
 def _plan_on(request: Request, name: str, count: int) -> EnginePlan | None:
-    """The best plan on so many of that device; None where none would do."""
+    """The best plan on so many of that device; None where none would do. What does not do does not do at any longer
+    context either: a slider that moves up asks about fewer and fewer devices."""
+    failing = _failing(variant(request, ctx_tokens=1), name, count)
+    if failing and request.ctx_tokens >= failing[0]:
+        return None
+    found = _search_on(request, name, count)
+    if found is None:
+        failing[:] = [request.ctx_tokens]
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _failing(_request: Request, _name: str, _count: int) -> list[int]:
+    """The shortest context that was seen to fail, once there is one; the request's own does not matter."""
+    return []
+
+
+@lru_cache(maxsize=1024)
+def _search_on(request: Request, name: str, count: int) -> EnginePlan | None:
     asked = variant(request, devices=(name,) * count)
     if not request.weights and not any(_fits(one) for one in _smallest(asked, name)):
         return None
