@@ -4,7 +4,8 @@
 window per client address) and Starlette's limit of the body do the work; this file says how much of each.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from math import ceil
 from time import time
 from typing import Any, TypeVar
@@ -69,12 +70,17 @@ class Turns:
         self._limiter, self._wait_s = CapacityLimiter(at_once), wait_s
 
     async def run(self, work: Callable[[], T]) -> T:
+        async with self.turn():
+            return await to_thread.run_sync(work)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
         with move_on_after(self._wait_s) as waiting:
             await self._limiter.acquire()
         if waiting.cancelled_caught:
             raise Busy
         try:
-            return await to_thread.run_sync(work)
+            yield
         finally:
             self._limiter.release()
 

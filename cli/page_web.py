@@ -24,7 +24,7 @@ from .page_question import AUTO, CONTEXTS, MAX_DEVICES, MAX_ROWS, Question, from
 PATIENCE_S = 0.04  # of one look through the devices that would do; the page asks again until it is complete
 FIRST_PATIENCE_S = 0.4  # where the whole page is asked for
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "page_htmx.min.js": "text/javascript"}
-MEDIA = {"html": "text/html", "md": "text/markdown", "json": "application/json"}
+MEDIA = {"html": "text/html", "md": "text/markdown", "json": "application/json", "yaml": "application/yaml"}
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -59,14 +59,14 @@ def web(desk: Desk) -> APIRouter:
         return _download(text, "plan", kind)
 
     @router.get("/report.{kind}")
-    async def report_file(http: Request, kind: Literal["html", "md", "json"]) -> Response:
+    async def report_file(http: Request, kind: Literal["html", "md", "json", "yaml"]) -> Response:
         if kind == "html" and not page_report.has_html():
             raise BadInput("the server has no matplotlib for the charts of the HTML report: take .md or .json")
-        question = from_query(http.query_params.multi_items())
-        request = question.request()
-        title = f"{question.model} for {phrases.counted(question.seqs, 'user')}"
-        text = await desk.reports.run(lambda: page_report.rendered(request, title, kind))
-        return _download(text, "report", kind)
+        request = from_query(http.query_params.multi_items()).request()
+        if kind == "yaml":
+            return _download(page_report.workload(request), "workload", kind)
+        async with desk.reports.turn():
+            return _download(await page_report.report(request, kind), "report", kind)
 
     @router.get("/static/{name}")
     async def static(name: str) -> Response:
@@ -144,7 +144,7 @@ def _moved(question: Question) -> dict[str, Any]:
 
 
 def _report_kinds() -> list[str]:
-    return [kind for kind in ("html", "md", "json") if kind != "html" or page_report.has_html()]
+    return [kind for kind in ("html", "md", "json", "yaml") if kind != "html" or page_report.has_html()]
 
 
 def _download(text: str, name: str, kind: str) -> Response:
