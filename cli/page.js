@@ -1,12 +1,15 @@
 // The page is the server's. Here is only what a server cannot do: the slider beside its number field, the clipboard,
 // what was unfolded, and the address bar, which follows when the hand has come to rest (browsers limit its changes).
 const field = (id) => document.getElementById(id);
-const folds = () => [...document.querySelectorAll("#answer details")].map((fold) => [fold.firstElementChild.textContent, fold]);
+const folds = () => [...document.querySelectorAll("section details")].map((fold) => [fold.firstElementChild.textContent, fold]);
 let resting, unfolded;
 
 field("slider").addEventListener("input", ({ target }) => {
   field("ctx").value = target.dataset.contexts.split(" ")[target.value];
 });
+
+// Every move has been heard as input.
+field("slider").addEventListener("change", (event) => event.stopPropagation());
 
 document.addEventListener("moved", ({ detail }) => {
   if (document.activeElement !== field("slider")) field("slider").value = detail.step;

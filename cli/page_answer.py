@@ -28,6 +28,7 @@ class Segment(NamedTuple):
 class Share(NamedTuple):
     """The memory of one kind of device. `edge` is where the usable memory ends, for a bar that goes beyond it."""
 
+    name: str
     title: str
     segments: tuple[Segment, ...]
     edge: float | None
@@ -136,6 +137,7 @@ def _share(count: int, share: DeviceShare) -> Share:
             segments.append(Segment(key, round(start, 2), round(BAR_UNITS * amount.mid / whole, 2)))
             start_bytes += amount.mid
     return Share(
+        name=share.device.title,
         title=phrases.held(count, share),
         segments=tuple(segments),
         edge=round(BAR_UNITS * share.usable_bytes / whole, 2) if total > share.usable_bytes else None,
