@@ -20,7 +20,7 @@ class Desk:
         self.turns, self.reports = Turns(AT_ONCE, WAIT_S), Turns(REPORTS_AT_ONCE, REPORT_WAIT_S)
 
     def warm(self) -> None:
-        """The first question imports every engine, which takes longer than any answer may: asked before anybody does."""
+        """The first question imports every engine, which takes longer than an answer may: asked before anybody asks."""
         self.offers(Question())
         self.plan(Question())
 

@@ -23,7 +23,10 @@ AUTO = "auto"
 MAX_ROWS = 8
 MAX_DEVICES = 32
 STEPS_PER_OCTAVE = 8
-CONTEXTS = tuple((1 << power) // STEPS_PER_OCTAVE * (STEPS_PER_OCTAVE + step) for power in range(10, 20) for step in range(STEPS_PER_OCTAVE)) + (1 << 20,)  # fmt: skip
+CONTEXTS = tuple(  # tokens at each place of the slider: eighths of an octave, from 1K to 1M
+    (1 << place // STEPS_PER_OCTAVE) // STEPS_PER_OCTAVE * (STEPS_PER_OCTAVE + place % STEPS_PER_OCTAVE)
+    for place in range(10 * STEPS_PER_OCTAVE, 20 * STEPS_PER_OCTAVE + 1)
+)
 
 Word = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[ -~]+$")]
 Flag = bool | None

@@ -58,7 +58,7 @@ def workload(request: Request) -> str:
 
 
 async def report(request: Request, kind: str) -> str:
-    """The report as html, md or json. Raises BadInput with the command's sentence, and Unsupported after two minutes."""
+    """The report as html, md or json. Raises BadInput with the command's sentence, Unsupported after two minutes."""
     asked = workload(request)
     with TemporaryDirectory() as folder:
         (Path(folder) / "workload.yaml").write_text(asked, encoding="utf-8")

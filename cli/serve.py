@@ -60,7 +60,8 @@ def _run(listening: socket.socket, allow_auto: bool, hosts: Sequence[str]) -> No
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that listens there. BadInput where it cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]  # fmt: skip
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         made = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise BadInput(f"--host {host}: no address of this machine ({_why(error)})") from None

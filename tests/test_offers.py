@@ -40,6 +40,7 @@ def would_do(request: Request, count: int) -> list[tuple[int, int, str]]:
         (Request(model="27b", ctx_tokens=65536, weights="q4_k_m"), 2),
         (Request(model="27b", ctx_tokens=131072, seqs=2), 2),
         (Request(model="35b-a3b", ctx_tokens=1_000_000), 1),
+        (Request(model="4b", ctx_tokens=196608, weights="q8_0"), 1),  # several fit only just: they would not do
     ],
     ids=lambda value: f"{value.model}-{value.ctx_tokens}" if isinstance(value, Request) else str(value),
 )

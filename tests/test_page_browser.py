@@ -1,7 +1,7 @@
 """The page in headless Chromium: every move answers in time, by keyboard, on a phone, in light and dark, read aloud.
 
-pip install -e '.[serve]' playwright axe-playwright-python, and Chromium from the system or `playwright install chromium`;
-then `pytest -m browser`
+pip install -e '.[serve]' playwright axe-playwright-python, and Chromium from the system or by `playwright install
+chromium`; then `pytest -m browser`
 """
 
 import shutil
@@ -223,7 +223,7 @@ def test_it_can_be_read(opened: Any, screen: dict[str, int], scheme: str, query:
     page = opened(query, viewport=screen, color_scheme=scheme, has_touch=screen is PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= screen["width"]
     box = page.locator("#says").bounding_box()
-    assert 0 <= box["y"] and box["y"] + box["height"] <= screen["height"]
+    assert box["y"] >= 0 and box["y"] + box["height"] <= screen["height"]
     paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     assert (brightness(paper) > 200) is (scheme == "light") and abs(brightness(paper) - brightness(ink)) > 150
     for control in page.locator("input, select, button").all():

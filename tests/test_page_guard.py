@@ -17,7 +17,9 @@ def test_its_own_names(page: Any, host: str) -> None:
     assert page().get("/api/names", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8035", "", "a b", "[::2]"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8035", "", "a b", "[::2]"]
+)
 def test_other_names_are_refused(page: Any, host: str) -> None:
     """A page elsewhere whose name was made to point here (DNS rebinding) gets nothing."""
     answered = page().get("/", headers={"Host": host})

@@ -1,5 +1,7 @@
 """What a browser or a program may ask, and in which words: bounds, names of the catalogs only, links that come back."""
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,8 +68,17 @@ def test_a_model_is_a_name_and_no_path(name: str) -> None:
         assert "no model of the catalog" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["my.yaml", "/tmp/card.yaml", "a\\b", "auto", "AUTO ", "2xrtx3090", "rtx3060,rtx3090"])
-def test_a_device_is_a_name_and_no_path(name: str) -> None:
+@pytest.mark.parametrize("name", ["card.yaml", "./card.yaml", "CARD.YML", "/etc/hostname", "a\\b"])
+def test_a_device_is_a_name_and_no_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there and a device is no device here, and a file that is not there is refused in the same words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "card.yaml").write_text("like: rtx3060\nname: mine\n")
+    with pytest.raises(UnknownName, match="no device of the catalog is called"):
+        Question(devices=(DeviceKeys(name=name),)).request()
+
+
+@pytest.mark.parametrize("name", ["auto", "AUTO ", "2xrtx3090", "rtx3060,rtx3090", "rtx3061"])
+def test_a_device_is_one_name(name: str) -> None:
     with pytest.raises(QwenfitError):
         Question(devices=(DeviceKeys(name=name),)).request()
 
@@ -79,11 +90,12 @@ def test_this_machine_only_where_it_was_allowed() -> None:
     assert asked.request(allow_auto=True).devices == ("auto",)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["ctx=1e9", "ctx=-1", "ctx=0", "ctx=99M", "ctx=9999999999999999999", "seqs=0", "seqs=x", "mtp=17", "gpu=a&n=0"]
-    + ["gpu=rtx3060&n=33", "&".join(["gpu=rtx3060"] * 9), f"model={'a' * 61}", "engine=\x00", "weights=ä", "n=1&gpu=é"],
-)
+BEYOND = ["ctx=1e9", "ctx=-1", "ctx=0", "ctx=99M", "ctx=9999999999999999999", "seqs=0", "seqs=x", "mtp=17"]
+BEYOND += ["gpu=a&n=0", "gpu=rtx3060&n=33", "&".join(["gpu=rtx3060"] * 9), f"model={'a' * 61}", "engine=\x00"]
+BEYOND += ["weights=ä", "n=1&gpu=é"]
+
+
+@pytest.mark.parametrize("text", BEYOND)
 def test_bounds(text: str) -> None:
     with pytest.raises((BadInput, pydantic.ValidationError)):
         from_query(pairs(text))
@@ -120,7 +132,11 @@ def test_a_link_comes_back_as_the_same_question(asked: Question) -> None:
 def test_the_slider() -> None:
     """From 1K to 1M, every step longer than the last by a sixteenth to an eighth, and every one can be typed."""
     assert CONTEXTS[0] == 1024 and CONTEXTS[-1] == 1 << 20 and 262144 in CONTEXTS
-    assert all(1.06 < after / before < 1.13 for before, after in zip(CONTEXTS, CONTEXTS[1:], strict=False))
+    assert all(1.06 < after / before < 1.13 for before, after in pairwise(CONTEXTS))
     for place, tokens in enumerate(CONTEXTS):
         assert slider_step(tokens) == place and parse_tokens(tokens_text(tokens)) == tokens
-    assert slider_step(1) == 0 and slider_step(10_000_000) == len(CONTEXTS) - 1 and slider_step(262145) == slider_step(262144)
+    assert (
+        slider_step(1) == 0
+        and slider_step(10_000_000) == len(CONTEXTS) - 1
+        and slider_step(262145) == slider_step(262144)
+    )

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("anyio", reason="not installed: anyio (qwenfit[serve])")
 
-from qwenfit.cli import page_report  # noqa: E402
-from qwenfit.cli.workload_file import read_workload  # noqa: E402
-from qwenfit.planner import Request  # noqa: E402
-from qwenfit.profiles.errors import BadInput  # noqa: E402
+from qwenfit.cli import page_report
+from qwenfit.cli.workload_file import read_workload
+from qwenfit.planner import Request
+from qwenfit.profiles.errors import BadInput
 
 ASKED = "model=0.8b&gpu=rtx3060&n=1&ctx=4K&seqs=2&engine=llama.cpp&weights=q8_0"
 

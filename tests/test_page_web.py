@@ -83,7 +83,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("key", ["model", "gpu", "ctx", "engine", "weights", "kv", "seqs", "mtp", "n", "vision", "more"])
+@pytest.mark.parametrize(
+    "key", ["model", "gpu", "ctx", "engine", "weights", "kv", "seqs", "mtp", "n", "vision", "more"]
+)
 def test_hostile_words_are_shown_as_text(page: Any, key: str, text: str) -> None:
     client = page()
     for path in ("/", "/answer", "/offers", "/plan.json", "/plan.md"):
@@ -148,7 +150,11 @@ def test_the_plan_as_files(page: Any) -> None:
 
 def test_static_files_are_three(page: Any) -> None:
     client = page()
-    for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript"), ("page_htmx.min.js", "text/javascript")):
+    for name, kind in (
+        ("page.css", "text/css"),
+        ("page.js", "text/javascript"),
+        ("page_htmx.min.js", "text/javascript"),
+    ):
         answered = client.get(f"/static/{name}")
         assert answered.status_code == 200 and answered.headers["content-type"].startswith(kind)
     for name in ("page.py", "../page.py", "..%2fpage.py", "page.html.j2", "", "%00"):

@@ -1,4 +1,4 @@
-"""`qwen-plan serve` as it is typed: it says where it is, answers there, ends when told, and says why it cannot start."""
+"""`qwen-plan serve` as it is typed: where it is, that it answers there, ends when told, and why it cannot start."""
 
 import json
 import os
