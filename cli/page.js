@@ -1,7 +1,14 @@
 // The page is the server's. Here is only what a server cannot do: the slider beside its number field, the clipboard,
 // what was unfolded, and the address bar, which follows when the hand has come to rest (browsers limit its changes).
 const field = (id) => document.getElementById(id);
-const folds = () => [...document.querySelectorAll("section details")].map((fold) => [fold.firstElementChild.textContent, fold]);
+const folds = () => {
+  const seen = {}; // two devices of one name have two folds of one title
+  return [...document.querySelectorAll("section details")].map((fold) => {
+    const title = fold.firstElementChild.textContent;
+    seen[title] = (seen[title] ?? 0) + 1;
+    return [`${seen[title]} ${title}`, fold];
+  });
+};
 let resting, unfolded;
 
 field("slider").addEventListener("input", ({ target }) => {

@@ -7,9 +7,10 @@ from urllib.parse import urlencode
 
 from ..profiles.device import Device
 from ..profiles.device_names import devices
+from ..profiles.errors import QwenfitError
 from ..profiles.model_catalog import is_name, model, models
 from . import completion
-from .page_question import MAX_ROWS
+from .page_question import MAX_ROWS, DeviceKeys, device_name
 
 NEXT_DEVICE = "rtx3060"
 LINES = ("GeForce ", "Radeon ")  # left out of the names in a group that says them: people type what follows
@@ -55,7 +56,22 @@ def choices(allow_auto: bool) -> Choices:
     )
 
 
-def listed_name(name: str) -> str:
+class Row(NamedTuple):
+    """A row of devices in the form. Not `listed`: a name that the list does not have, shown as it was given."""
+
+    name: str
+    count: int
+    listed: bool
+
+
+def listed_row(row: DeviceKeys, allow_auto: bool) -> Row:
+    try:
+        return Row(device_name(row.name, allow_auto), row.count, True)
+    except QwenfitError:
+        return Row(row.name, row.count, False)
+
+
+def listed_model(name: str) -> str:
     """The name in the list for any spelling of a catalog's model; others stay as they are."""
     if not is_name(name):
         return name

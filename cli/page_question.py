@@ -101,15 +101,15 @@ class Question(_Strict):
         if self.device_count > MAX_DEVICES:
             raise BadInput(f"{self.device_count} devices: give at most {MAX_DEVICES}")
         return Request(
-            devices=tuple(name for row in self.devices for name in (_device(row.name, allow_auto),) * row.count),
+            devices=tuple(name for row in self.devices for name in (device_name(row.name, allow_auto),) * row.count),
             options=Options(**dict(self.options)),
             prices=Prices(**dict(self.prices)),
             **{name: value for name, value in self if name not in ("devices", "options", "prices")},
         )
 
 
-def _device(name: str, allow_auto: bool) -> str:
-    """The catalog's spelling of it."""
+def device_name(name: str, allow_auto: bool) -> str:
+    """The catalog's spelling of it. Raises UnknownName, for a path too: no file is looked at."""
     if name.strip().lower() == AUTO:
         if allow_auto:
             return AUTO

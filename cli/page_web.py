@@ -16,7 +16,7 @@ from ..profiles.errors import BadInput, QwenfitError
 from . import page_report, phrases
 from .markdown import markdown
 from .page_answer import OFFER_TITLES, offer_rows, offer_sources, view
-from .page_choices import changed_rows, choices, listed_name
+from .page_choices import changed_rows, choices, listed_model, listed_row
 from .page_desk import Desk
 from .page_guard import invalid
 from .page_question import AUTO, CONTEXTS, MAX_DEVICES, MAX_ROWS, Question, from_query, query, slider_step, tokens_text
@@ -104,7 +104,8 @@ def _whole(desk: Desk, question: Question, told: dict[str, Any], status: int) ->
     form = {
         "question": question,
         "choices": choices(desk.allow_auto),
-        "model_name": listed_name(question.model),
+        "model_name": listed_model(question.model),
+        "rows": [listed_row(row, desk.allow_auto) for row in question.devices],
         "ctx_text": tokens_text(question.ctx_tokens),
         "moved": _moved(question)["moved"],
         "contexts": [tokens_text(tokens) for tokens in CONTEXTS],

@@ -194,6 +194,7 @@ def test_a_link_restores_the_page(opened: Any, address: str) -> None:
         assert again.locator(field).input_value() == page.locator(field).input_value(), field
     assert again.locator("#ctx").input_value() == "240K" and says(again) == says(page)
     assert again.locator("#answer").inner_text() == page.locator("#answer").inner_text()
+    assert page.locator("#answer details").evaluate_all("all => all.map(fold => fold.open)")[:2] == [True, False]
 
 
 def test_what_was_unfolded_stays_unfolded(opened: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_model_is_a_name_and_no_path(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["card.yaml", "./card.yaml", "CARD.YML", "/etc/hostname", "a\\b"])
 def test_a_device_is_a_name_and_no_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is there and a device is no device here, and a file that is not there is refused in the same words."""
+    """A device file that is there is none here: it is refused in the words for one that is not."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "card.yaml").write_text("like: rtx3060\nname: mine\n")
     with pytest.raises(UnknownName, match="no device of the catalog is called"):

@@ -104,6 +104,9 @@ def test_what_has_no_answer_leaves_the_form(page: Any) -> None:
     answered = client.get("/?model=27b&gpu=rtx3060&n=1&engine=mlx")
     assert answered.status_code == 422 and "MLX" in text_of(answered.text)
     assert '<option value="qwen3.5-27b" selected>' in answered.text
+    unknown = client.get("/?gpu=rtx3061&n=2&ctx=64K")
+    assert unknown.status_code == 422 and "<option selected>rtx3061</option>" in unknown.text
+    assert 'value="64K"' in unknown.text and "<option selected>" not in client.get("/?gpu=RTX 3060&model=9b").text
     moved = client.get("/answer?ctx=lots")
     assert moved.status_code == 422 and "lots" in text_of(moved.text) and 'id="says"' in moved.text
 
