@@ -60,7 +60,7 @@ class Row(NamedTuple):
     """A row of devices in the form. Not `listed`: a name that the list does not have, shown as it was given."""
 
     name: str
-    count: int
+    number: int
     listed: bool
 
 
