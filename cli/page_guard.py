@@ -26,7 +26,7 @@ from ..profiles.errors import QwenfitError
 from .output import clean
 
 MAX_BODY_BYTES = 64 << 10
-RATE = "40/second; 1200/minute"  # per client address: a slider that is dragged asks some twenty times a second
+RATE = "120/second; 3000/minute"  # per client address: a slider that is dragged asks at every frame
 REPORT_RATE = "6/minute"  # a capacity report simulates for seconds
 AT_ONCE, WAIT_S = 2, 5.0
 REPORTS_AT_ONCE, REPORT_WAIT_S = 1, 30.0

@@ -19,6 +19,7 @@ from .phrases import counted
 MAX_USERS = 64
 THINK_S = 30
 LIMIT_S = 120.0
+SAYS, BUG = "qwen-plan: ", "a bug in qwenfit"
 COMMAND = (sys.executable, "-m", "qwenfit.cli.plan", "report", "workload.yaml", "--output")
 
 
@@ -69,9 +70,17 @@ async def report(request: Request, kind: str) -> str:
             raise Unsupported(
                 f"the simulation took more than {LIMIT_S:.0f} s: take the workload as a file, and `qwen-plan report` it"
             ) from None
-        if done.returncode not in (0, 1):  # it says why, about a file that whoever asks has never seen
-            raise BadInput(done.stderr.decode(errors="replace").removeprefix("qwen-plan: ").strip())
+        if done.returncode not in (0, 1):
+            raise _refused(done.stderr.decode(errors="replace"))
         return (Path(folder) / f"report.{kind}").read_text(encoding="utf-8")
+
+
+def _refused(said: str) -> Exception:
+    """The command's sentence, where it is one about the question; what else it said is for the server's log."""
+    last = said.strip().rpartition("\n")[2]
+    if not last.startswith(SAYS) or BUG in last:
+        return RuntimeError(said)
+    return BadInput(last.removeprefix(SAYS))
 
 
 def has_html() -> bool:

@@ -50,6 +50,21 @@ def test_what_the_command_refuses_is_its_sentence(page: Any) -> None:
     assert told.json()["error"].startswith("the longest request does not fit") and "/" not in told.json()["error"]
 
 
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Traceback ...\n  File /x/y.py\nqwen-plan: the workload is too long\n", BadInput),
+        ("qwen-plan: KeyError: '/x' (a bug in qwenfit: QWENFIT_DEBUG=1 shows where; please report it)\n", RuntimeError),
+        ("Killed\n", RuntimeError),
+        ("", RuntimeError),
+    ],
+)
+def test_only_a_sentence_leaves_the_server(said: str, kind: type[Exception]) -> None:
+    refused = page_report._refused(said)
+    assert type(refused) is kind
+    assert kind is RuntimeError or str(refused) == "the workload is too long"
+
+
 def test_a_simulation_that_takes_too_long_is_ended(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_report, "LIMIT_S", 0.01)
     told = page().get(f"/report.md?{ASKED}")
