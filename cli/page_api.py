@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body
 from pydantic import BaseModel
 
-from ..planner.offers import Offer
+from ..planner.offers import Offer, Offers
 from ..profiles.device_names import devices
 from ..profiles.model_catalog import models
 from . import completion
@@ -36,6 +36,7 @@ class Names(BaseModel):
     state_dtypes: list[Name]
 
 
+PATIENCE_S = 5.0
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in (
@@ -58,9 +59,9 @@ def api(desk: Desk) -> APIRouter:
 
     @router.post("/offers")
     async def offers(question: Annotated[Question, Body()]) -> dict[str, Any]:
-        """Devices with a published price that would do, the cheapest first."""
-        found = await desk.turns.run(lambda: [_offer_json(one) for one in desk.offers(question).found])
-        return {"schema": 1, "offers": found}
+        """Devices with a published price that would do, the cheapest first. Not `complete`: there was no time to look
+        at all of them; asking again goes on from there."""
+        return await desk.turns.run(lambda: _offers_json(desk.offers(question, PATIENCE_S)))
 
     @router.get("/models")
     async def list_models() -> dict[str, Any]:
@@ -82,6 +83,10 @@ def api(desk: Desk) -> APIRouter:
 
 def _named(kind: str) -> list[Name]:
     return [Name(name=name, title=title) for name, title in completion.LISTS[kind]()]
+
+
+def _offers_json(offers: Offers) -> dict[str, Any]:
+    return {"schema": 1, "complete": offers.complete, "offers": [_offer_json(one) for one in offers.found]}
 
 
 def _offer_json(one: Offer) -> dict[str, object]:

@@ -72,7 +72,7 @@ def web(desk: Desk) -> APIRouter:
     async def static(name: str) -> Response:
         if name not in STATIC:
             raise HTTPException(404)
-        return Response(_text(name), media_type=STATIC[name], headers={"Cache-Control": "max-age=3600"})
+        return Response(_text(name), media_type=STATIC[name], headers={"Cache-Control": "max-age=60"})
 
     return router
 
@@ -117,12 +117,13 @@ def _whole(desk: Desk, question: Question, told: dict[str, Any], status: int) ->
 
 
 def _answer(desk: Desk, question: Question) -> dict[str, Any]:
-    about_us = any(row.name == AUTO for row in question.devices)
+    found = desk.plan(question)
+    reported = found.fits and AUTO not in found.request.devices and question.seqs <= page_report.MAX_USERS
     return {
-        "view": view(desk.plan(question)),
+        "view": view(found),
         "link": f"/?{query(question)}",
         "query": query(question),
-        "reports": [] if about_us or question.seqs > page_report.MAX_USERS else _report_kinds(),
+        "reports": _report_kinds() if reported else [],
         "max_users": page_report.MAX_USERS,
         "runner_up_titles": phrases.RUNNER_UP_TITLES,
         "how_sure": phrases.HOW_SURE,

@@ -41,7 +41,9 @@ def test_the_answer_is_the_planners(page: Any, body: dict[str, Any], request_: R
 
 def test_offers_are_the_planners(page: Any) -> None:
     body = {"model": "27b", "devices": [{"name": "rtx3090", "count": 2}], "ctx_tokens": 65536}
-    told = page().post("/api/offers", json=body).json()["offers"]
+    answered = page().post("/api/offers", json=body).json()
+    assert answered["complete"] is True
+    told = answered["offers"]
     found = offers(Request(model="27b", devices=("rtx3090",) * 2, ctx_tokens=65536), 2, wanted=6).found
     assert [(one["device"], one["count"], one["usd"]) for one in told] == [
         (one.price.device.name, one.count, one.usd) for one in found

@@ -142,6 +142,9 @@ def test_a_typed_context_moves_the_slider(opened: Any) -> None:
     page.locator("#ctx").fill("lots")
     expect_answer(page, "lots")
     assert page.locator("#answer").inner_text().startswith("No answer")
+    assert page.locator("#offers").inner_text() == "" == page.locator("#rest").inner_text()
+    page.locator("#ctx").fill("32K")
+    page.locator("#offers table").wait_for()
 
 
 def test_a_refusal_says_so_and_the_next_move_answers_again(opened: Any) -> None:

@@ -155,6 +155,15 @@ def test_offers_come_in_pieces_until_they_are_complete(page: Any) -> None:
     assert "<table>" in told and "$" in told
 
 
+def test_this_machine_where_it_is_allowed(page: Any) -> None:
+    """It is planned as the command plans it, and no report of it leaves the server."""
+    asked = "model=0.8b&gpu=auto&n=1&ctx=4K"
+    assert page().get(f"/?{asked}").status_code == 422
+    told = page(allow_auto=True).get(f"/?{asked}")
+    assert told.status_code == 200 and '<option value="auto" selected>' in told.text and "/report.md" not in told.text
+    assert "/report.md" in page().get("/?model=0.8b&gpu=rtx3060&n=1&ctx=4K").text
+
+
 def test_the_plan_as_files(page: Any) -> None:
     client, found = page(), plan(REQUEST)
     as_json, as_markdown = client.get(f"/plan.json?{ASKED}"), client.get(f"/plan.md?{ASKED}")
