@@ -93,7 +93,7 @@ def _device_row(device: Device) -> tuple[str, ...]:
 
 
 def device_record(device: Device) -> dict[str, object]:
-    """The device as JSON, its own field names."""
+    """Every figure of a device, as JSON takes it."""
     values = {name: getattr(device, name) for name in device.__slots__}
     return {name: dict(value) if hasattr(value, "items") else value for name, value in values.items()}
 
