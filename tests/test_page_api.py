@@ -26,7 +26,7 @@ QUESTIONS: list[tuple[dict[str, Any], Request]] = [
     ),
     (
         {"devices": [{"name": "m1-16gb"}], "vision": True, "prices": {"device_usd": 700, "usd_per_kwh": 0.3}},
-        Request(devices=("m1-16gb",), vision=True, prices=Prices(device_usd=700, usd_per_kwh=0.3)),
+        Request(devices=("m1-16gb",), vision=True, prices=Prices(device_usd=700.0, usd_per_kwh=0.3)),
     ),
     ({"ctx_tokens": 10_000_000, "seqs": 1_000_000}, Request(devices=("rtx3060",), ctx_tokens=10_000_000, seqs=10**6)),
 ]
