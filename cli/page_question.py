@@ -32,7 +32,7 @@ Word = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[ -~]+$")]
 Flag = bool | None
 Dollars = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_ASKED_CTX_TOKENS)]
-Ranks = Annotated[int, Field(ge=1, le=MAX_DEVICES)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)]
 
 
 class _Strict(BaseModel):
@@ -87,6 +87,10 @@ class Question(_Strict):
     vision: Flag = None
     tp: Ranks | None = None
     pp: Ranks | None = None
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    dp: Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)] | None = None
+    ep: Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)] | None = None
+    interconnect: Word | None = None
     options: OptionsKeys = OptionsKeys()
     prices: PricesKeys = PricesKeys()
 

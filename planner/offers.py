@@ -68,7 +68,7 @@ def offers(request: Request, device_count: int, wanted: int, patience_s: float |
     Everything else that the request fixes stays fixed; parallel sizes are chosen anew. After `patience_s` it returns
     what it has so far; what was tried is remembered, so that asking again goes on from there.
     """
-    asked = variant(request, devices=(), tp=None, pp=None)
+    asked = variant(request, devices=(), tp=None, pp=None, nodes=1, dp=None, ep=None, interconnect=None)
     until = None if patience_s is None else monotonic() + patience_s
     found: list[Offer] = []
     for count, price in _by_price(device_count):
