@@ -127,8 +127,8 @@ def checked(plan: EnginePlan, found: Model, where: str, tolerance: float = 0.05)
                 f"{where} does not match the plan: its {name} is {theirs}, planned was {mine} ({planned.name}); plan "
                 f"with --model {where}"
             )
-    from ..search import search
     from ..request import Request
+    from ..search import search
 
     own = search(
         Request(

@@ -43,7 +43,7 @@ class OwnProcess:
                     stderr=err if errors else subprocess.STDOUT,
                     env={**os.environ, **environment},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,  # noqa: PLW1509
+                    preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
                 )
             except OSError as error:
                 raise BadInput(f"{self.words[0]} cannot be started: {error.strerror or error}") from None
