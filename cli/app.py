@@ -59,6 +59,9 @@ def build(answer: Answer) -> typer.Typer:
     _sign(_receipt, (*map(_parameter, filter(_asks, OPTIONS)), *_receipt_parameters()))
     receipt(_receipt)
     app.command("calibrate", help="Refit the estimated constants from receipts.")(_calibrate)
+    app.command("verify", help="Run a plan here, and set what it took beside what was planned.")(_verify)
+    app.command("probe", help="Say what this machine is, measure it, and write it as a profile.")(_probe)
+    app.command("serve", help="Serve the planner as a web page and a JSON API, on this machine.")(_serve)
     app.command("deploy", help="Write the files that start a plan: compose, systemd, Kubernetes, Ray Serve.")(_deploy)
     return app
 
@@ -138,6 +141,7 @@ def _receipt_parameters() -> tuple[Parameter, ...]:
     """What `receipt` takes beside the options of a plan."""
     told: tuple[tuple[str, object, Any], ...] = (
         ("log", str, typer.Argument(..., metavar="LOG", help="boot log of an engine; - reads standard input")),
+        ("plan", str, typer.Option("", "--plan", metavar="PLAN.json", help="what `qwen-plan --json` wrote of it")),
         ("tolerance", float, typer.Option(0.05, "--tolerance", help="share by which totals may be off")),
         ("output", str, typer.Option("", "--output", metavar="RECEIPT.json", help="write the receipt there")),
         ("date", str, typer.Option("", "--date", metavar="DATE", help="of the boot [default: today]")),
@@ -153,18 +157,14 @@ def _receipt_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def _receipt(
-    context: typer.Context, log: str, tolerance: float, output: str, date: str, source: str, json: bool, **given: Any
-) -> None:
+def _receipt(context: typer.Context, log: str, tolerance: float, json: bool, **given: Any) -> None:
     from .options import asked
     from .receipt import show_receipt
 
+    own = {name: given.pop(name) or None for name in ("plan", "output", "date", "source")}
     values: Values = {name: value for name, value in given.items() if value is not None}
     form = "json" if json else "text"
-    request = asked(values).request
-    raise typer.Exit(
-        show_receipt(log, request, values.keys(), tolerance, output or None, form, date or None, source or None)
-    )
+    raise typer.Exit(show_receipt(log, asked(values).request, values.keys(), tolerance=tolerance, form=form, **own))
 
 
 def _calibrate(
@@ -203,6 +203,97 @@ def _deploy(
             overwrite, force, dry_run, json,
         )
     )  # fmt: skip
+
+
+def _verify(
+    plan: Annotated[str, typer.Argument(metavar="PLAN.json", help="what `qwen-plan ... --json` wrote")],
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="NAME", help="run it in llama.cpp, vllm, sglang or ollama [default: natively]"
+        ),
+    ] = "",
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", metavar="DIR", help="the weights [default: drawn, or as the plan says]")
+    ] = "",
+    layers: Annotated[int, typer.Option("--layers", help="natively: run the first of them only")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="natively: tokens to decode")] = 32,
+    fill_limit: Annotated[
+        float, typer.Option("--fill-limit", metavar="SECONDS", help="natively: for reading the context's tokens")
+    ] = 120.0,
+    limit: Annotated[
+        float, typer.Option("--limit", metavar="SECONDS", help="for a native run, or one request to an engine")
+    ] = 3600.0,
+    boot_limit: Annotated[
+        float, typer.Option("--boot-limit", metavar="SECONDS", help="until an engine must be ready")
+    ] = 1800.0,
+    binary: Annotated[str, typer.Option("--binary", metavar="PATH", help="the engine's program")] = "",
+    port: Annotated[int, typer.Option("--port", help="of loopback, for an engine [default: one that is free]")] = 0,
+    requests: Annotated[int, typer.Option("--requests", min=1, max=1000, help="to an engine, in turn")] = 3,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="of a request to an engine")] = 512,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="of a request to an engine")] = 64,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="share by which memory may be off")] = 0.05,
+    memory_only: Annotated[bool, typer.Option("--memory-only", help="tell speeds and do not judge them")] = False,
+    calibration: Annotated[str, typer.Option("--calibration", metavar="FILE", help="that the plan was made with")] = "",
+    log: Annotated[str, typer.Option("--log", metavar="FILE", help="keep the engine's log there")] = "",
+    output: Annotated[str, typer.Option("--output", metavar="FILE.json", help="write the verification there")] = "",
+    receipt: Annotated[str, typer.Option("--receipt", metavar="FILE.json", help="write a receipt there")] = "",
+    json: Json = False,
+) -> None:
+    from .verify import verify
+
+    told = {
+        "checkpoint": checkpoint or None,
+        "layers": layers or None,
+        "steps": steps,
+        "fill_limit_s": fill_limit,
+        "limit_s": limit,
+        "boot_limit_s": boot_limit,
+        "binary": binary or None,
+        "port": port or None,
+        "requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "tolerance": tolerance,
+        "memory_only": memory_only,
+        "log": log or None,
+    }
+    form = "json" if json else "text"
+    raise typer.Exit(verify(plan, engine or None, calibration or None, form, output or None, receipt or None, told))
+
+
+def _probe(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure bandwidths and matmuls too, in some seconds")
+    ] = False,
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE.yaml", help="write the profile that `--gpu FILE.yaml` takes")
+    ] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file where it is there already")] = False,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="table, json")] = "table",
+    json: Json = False,
+) -> None:
+    from .probe import probe_machine
+
+    chosen = _one_format(form, json, ("table", "json"), "a machine")
+    raise typer.Exit(probe_machine(measure, output or None, overwrite, chosen))
+
+
+def _serve(
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free")] = 8035,
+    allow_auto: Annotated[
+        bool, typer.Option("--allow-auto", help="offer this machine as a device: whoever opens the page learns of it")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="another name under which the page may be asked for"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="say the address as JSON")] = False,
+) -> None:
+    from .serve import serve
+
+    serve(host, port, allow_auto, allow_host or [], json)
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:

@@ -29,7 +29,7 @@ def list_devices(wanted: str, form: str) -> None:
     found = [one for one in devices() if _has(wanted, one.name, one.title, one.vendor, one.architecture)]
     titles = ("name", "device", "memory", "usable", "GB/s", "bf16 TFLOPS", "capability", "watt")
     rows = [_device_row(one) for one in found]
-    _show(Catalog("devices", titles, rows, (2, 3, 4, 5, 7), [_device_record(one) for one in found]), wanted, form)
+    _show(Catalog("devices", titles, rows, (2, 3, 4, 5, 7), [device_record(one) for one in found]), wanted, form)
 
 
 def list_models(wanted: str, form: str) -> None:
@@ -37,7 +37,7 @@ def list_models(wanted: str, form: str) -> None:
     found = [one for one in models() if _has(wanted, one.name, one.repo, one.architecture)]
     titles = ("name", "repository", "parameters", "checkpoint", "KV per token", "state per sequence", "context")
     rows = [_model_row(one) for one in found]
-    _show(Catalog("models", titles, rows, (2, 3, 4, 5, 6), [_model_record(one) for one in found]), wanted, form)
+    _show(Catalog("models", titles, rows, (2, 3, 4, 5, 6), [model_record(one) for one in found]), wanted, form)
 
 
 def kv_bytes_per_token(model: Model) -> int:
@@ -92,7 +92,8 @@ def _device_row(device: Device) -> tuple[str, ...]:
     )
 
 
-def _device_record(device: Device) -> dict[str, object]:
+def device_record(device: Device) -> dict[str, object]:
+    """Every figure of a device, as JSON takes it."""
     values = {name: getattr(device, name) for name in device.__slots__}
     return {name: dict(value) if hasattr(value, "items") else value for name, value in values.items()}
 
@@ -109,7 +110,8 @@ def _model_row(model: Model) -> tuple[str, ...]:
     )
 
 
-def _model_record(model: Model) -> dict[str, object]:
+def model_record(model: Model) -> dict[str, object]:
+    """What a plan depends on, as JSON."""
     return {
         "name": model.name,
         "repo": model.repo,

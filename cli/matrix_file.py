@@ -143,7 +143,10 @@ def _named(
 
 
 def _device_name(spec: str) -> str:
-    found = [one.path or one.name for one in devices_of(spec)]
+    devices = devices_of(spec)
+    if any(one.path for one in devices) or spec.strip().lower() == "auto":  # a file may hold several
+        return spec.strip()
+    found = [one.name for one in devices]
     counts = [(found.count(name), name) for name in dict.fromkeys(found)]
     return ",".join(f"{count}x{name}" if count > 1 else name for count, name in counts)
 

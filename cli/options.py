@@ -343,6 +343,11 @@ OPTIONS = (
 BY_FLAG = {flag: option for option in OPTIONS for flag in option.flags + option.off}
 
 
+def flag_of(name: str) -> str:
+    """How an option is typed."""
+    return next(option.flags[0] for option in OPTIONS if option.name == name)
+
+
 def read(arguments: Sequence[str]) -> Values | None:
     """What each option was given, as text; None where it takes Typer to say what these arguments mean."""
     values: Values = {}

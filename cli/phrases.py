@@ -124,7 +124,10 @@ def speed(plan: EnginePlan) -> Iterator[str]:
     """How fast, what bounds it, what that rests on, and what it costs: one sentence each."""
     found = plan.speed
     if found is None:
-        yield "Not known: a device file with memory_bandwidth_bytes_per_s makes an estimate of it"
+        yield (
+            "Not known before somebody measured it: `qwen-plan probe --measure --output here.yaml` here, "
+            "then `--gpu here.yaml`"
+        )
         return
     start, full = found.start, found.full
     total = " of all sequences together" if plan.seqs > 1 else ""

@@ -1,6 +1,6 @@
 """`qwen-plan receipt LOG`: an engine's boot log beside the plan of it, part by part.
 
-0 every total lies within the tolerance, 1 not so (or the engine died), 2 no answer.
+0 totals lie within the tolerance and parts in it or in their intervals, 1 not so (or the engine died), 2 no answer.
 """
 
 import sys
@@ -12,9 +12,12 @@ from ..planner.logs.engine_log import EngineLog, read_log_file
 from ..planner.plan import EnginePlan
 from ..planner.receipt import Receipt, asked, receipt
 from ..planner.request import Request
-from ..planner.scores import TOTAL, PartScore, worst_error
+from ..planner.scores import PartScore, misses, worst_error
 from ..profiles.errors import BadInput
+from ..profiles.names import join_or
+from .options import flag_of
 from .output import Screen, clean, columns, quietly_closed, say, screen, wrapped, write
+from .phrases import counted
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -26,11 +29,13 @@ def show_receipt(
     path: str,
     request: Request,
     given: Collection[str],
+    *,
     tolerance: float,
-    output: str | None,
     form: str,
-    date: str | None,
-    source: str | None,
+    plan: str | None = None,
+    output: str | None = None,
+    date: str | None = None,
+    source: str | None = None,
 ) -> int:
     """The exit status. Fields of the request that are named in `given` count more than the log's words; `output` is a
     file for the receipt, `form` what stdout gets: text or json."""
@@ -41,10 +46,9 @@ def show_receipt(
     if not 0 <= tolerance < 1:
         raise BadInput(f"--tolerance {tolerance:g}: give a share of at least 0 and less than 1, such as 0.05")
     log = read_log_file(path, request.engine)
-    resolved, notes = asked(log, request, given)
-    plan = _plan(resolved)
-    made = receipt(plan, log, _date(date), version("qwenfit"), source)
-    within = not log.died and worst_error(made.scores) <= tolerance
+    found, notes = _from_file(plan, log, request, given) if plan else _from_log(log, request, given)
+    made = receipt(found, log, _date(date), version("qwenfit"), source)
+    within = not log.died and not misses(made.scores, tolerance)
     if output:
         from .matrix import save_file
 
@@ -55,16 +59,30 @@ def show_receipt(
             told = {**made.to_json(), "within_tolerance": within, "tolerance": tolerance, "notes": list(notes)}
             write(dumps(told, indent=1, allow_nan=False) + "\n")
         else:
-            write(_text(made, plan, notes, tolerance, within, screen(sys.stdout)))
+            write(_text(made, found, notes, tolerance, within, screen(sys.stdout)))
     except BrokenPipeError:
         quietly_closed()
     return 0 if within else 1
 
 
-def _plan(request: Request) -> EnginePlan:
+def _from_log(log: EngineLog, request: Request, given: Collection[str]) -> tuple[EnginePlan, tuple[str, ...]]:
     from ..planner.search import search
 
-    return search(request).best
+    resolved, notes = asked(log, request, given)
+    return search(resolved).best, notes
+
+
+def _from_file(
+    path: str, log: EngineLog, request: Request, given: Collection[str]
+) -> tuple[EnginePlan, tuple[str, ...]]:
+    """The plan of the log's engine in a file, which says everything else too."""
+    from ..planner.plan_file import read_plan
+
+    more = sorted(set(given) - {"engine", "calibration"})
+    if more:
+        raise BadInput(f"--plan says what was started: leave out {join_or([flag_of(name) for name in more])}")
+    found = read_plan(path, request.engine or log.engine, request.options.calibration)
+    return found.plan, ()
 
 
 def _date(given: str | None) -> str:
@@ -93,34 +111,33 @@ def _text(made: Receipt, plan: EnginePlan, notes: tuple[str, ...], tolerance: fl
 def _verdict(made: Receipt, tolerance: float, within: bool) -> str:
     if made.log.died:
         return "Died at boot"
-    worst = worst_error(made.scores)
-    return f"{'Within' if within else 'Out of'} tolerance ({worst:.1%} off at most, {tolerance:.0%} allowed)"
+    if within:
+        return f"Within {tolerance:.0%} ({worst_error(made.scores):.1%} off in all)"
+    worst = max(misses(made.scores, tolerance), key=lambda one: abs(one.error))
+    return f"Out of {tolerance:.0%} ({worst.place} {_name(worst)} {worst.error:+.1%})"
 
 
 def _boot(log: EngineLog) -> str:
     words = [f"{log.engine} {log.version}" if log.version else log.engine]
     if log.model:
         words.append(f"of {log.model}")
-    for key, unit in (("ctx_tokens", "tokens"), ("seqs", "sequences"), ("kv_dtype", "cache")):
+    for key, unit in (("ctx_tokens", "token"), ("seqs", "sequence")):
         value = log.settings.get(key)
-        if value is not None:
-            words.append(f"{value:,} {unit}" if isinstance(value, int) else f"{value} {unit}")
+        if isinstance(value, int):
+            words.append(counted(value, unit))
+    if log.settings.get("kv_dtype"):
+        words.append(f"{log.settings['kv_dtype']} cache")
     return ", ".join(words)
 
 
 def _row(one: PartScore) -> tuple[str, ...]:
-    mark = "=" if one.planned.exact else "~"
-    within = "yes" if one.within else "no"
-    place = "" if one.part != TOTAL else "total"
-    name = one.part.replace("_", " ").replace("+", " + ") if not place else "total"
-    return (
-        one.place,
-        name,
-        f"{mark}{_size(one.planned.mid)}",
-        _size(one.measured_bytes),
-        f"{round(one.error, 4) + 0:+.1%}",
-        within,
-    )
+    planned = f"{'=' if one.planned.exact else '~'}{_size(one.planned.mid)}"
+    error = f"{round(one.error, 3) + 0:+.1%}"  # + 0: no -0.0 %
+    return one.place, _name(one), planned, _size(one.measured_bytes), error, "yes" if one.within else "no"
+
+
+def _name(one: PartScore) -> str:
+    return one.part.replace("_", " ").replace("+", " + ")
 
 
 def _size(amount_bytes: int) -> str:

@@ -28,6 +28,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 PRIOR_WITNESSES = 3
 WITNESSES_OF_A_FAMILY = 3  # sources that a family of versions or an architecture needs for a factor of its own
+FOLDS = 50
 LARGEST_FACTOR = 16.0  # beyond it the receipt is of something else
 LARGEST_SPREAD = 16.0
 SMALLEST_MEASURED_BYTES = 1 << 20  # below it the log's rounding is most of the figure
@@ -199,8 +200,10 @@ def _factor(found: Sequence[Witness], versions: str, architecture: str, parent: 
     trust = len(votes) / (len(votes) + PRIOR_WITNESSES)
     middle = trust * heard + (1 - trust) * log(parent)
     residuals = [log(one.ratio) - middle for one in found]
-    below = min(median([log(max(one.below, 1 / LARGEST_SPREAD)) for one in found]) * (1 - trust), *residuals, 0.0)
-    above = max(median([log(one.above) for one in found]) * (1 - trust), *residuals, 0.0)
+    # as wide as it was until more have spoken than the built-in constant counts for
+    width = 1 - max(0, len(votes) - PRIOR_WITNESSES) / (len(votes) + PRIOR_WITNESSES)
+    below = min(median([log(max(one.below, 1 / LARGEST_SPREAD)) for one in found]) * width, *residuals, 0.0)
+    above = max(median([log(one.above) for one in found]) * width, *residuals, 0.0)
     return Factor(
         engine=found[0].engine,
         part=found[0].part,
@@ -215,14 +218,17 @@ def _factor(found: Sequence[Witness], versions: str, architecture: str, parent: 
 
 
 def held_out(receipts: Sequence[Receipt]) -> tuple[HeldOut, ...]:
-    """Errors before, and after a calibration by everybody else: every source is left out in turn."""
+    """Errors before, and after a calibration by everybody else: every source is left out in turn, of more than `FOLDS`
+    several at once."""
     found = witnesses(receipts)
     before: dict[tuple[str, str], list[float]] = {}
     after: dict[tuple[str, str], list[float]] = {}
     inside: dict[tuple[str, str], list[bool]] = {}
-    for source in sorted({one.source for one in found}):
-        others = _fitted([one for one in found if one.source != source], "the others")
-        for receipt in (one for one in receipts if one.group == source and not one.log.died):
+    sources = sorted({one.source for one in found})
+    for fold in range(min(len(sources), FOLDS)):
+        out = set(sources[fold::FOLDS])
+        others = _fitted([one for one in found if one.source not in out], "the others")
+        for receipt in (one for one in receipts if one.group in out and not one.log.died):
             engine, _ = _engine_of(receipt)
             told = _by_part(rescored(receipt, others))
             for one in rescored(receipt) or receipt.scores:

@@ -88,6 +88,12 @@ def worst_error(scores: Iterable[PartScore]) -> float:
     return max(totals or [abs(one.error) for one in scores], default=0.0)
 
 
+def misses(scores: Iterable[PartScore], tolerance: float) -> tuple[PartScore, ...]:
+    """What is off by more than a share: totals in any case, parts where their own interval does not hold them. (vLLM's
+    pool is what its budget leaves: its total comes out right whatever else is wrong.)"""
+    return tuple(one for one in scores if abs(one.error) > tolerance and (one.part == TOTAL or not one.within))
+
+
 def _order(place: str) -> tuple[int, str]:
     return (1, "") if place == "host" else (0, place.rjust(12))
 

@@ -53,6 +53,8 @@ def search(request: Request, advisor: Advisor | None = None, devices: tuple[Devi
     _check(request)
     asked_model = model(request.model)
     box = devices or tuple(device for spec in request.devices for device in devices_of(spec))
+    if not devices:
+        request = _with_this_host(request, box)
     if not box:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
     devices, spread = box, None
@@ -296,6 +298,17 @@ def _assumed_host_bytes(devices: tuple[Device, ...]) -> int | None:
     if devices[0].kind != "discrete":
         return None
     return max(ASSUMED_HOST_BYTES, 3 * sum(device.memory_bytes for device in devices) // 2)
+
+
+def _with_this_host(request: Request, devices: tuple[Device, ...]) -> Request:
+    """With `auto` the host is this machine, whose free memory is no guess."""
+    known = request.options.host_memory_bytes is not None
+    if known or request.devices != ("auto",) or not devices or devices[0].kind != "discrete":
+        return request
+    from ..profiles.this_machine import free_host_bytes
+
+    free_bytes = free_host_bytes()
+    return replace(request, options=_with_host(request.options, free_bytes)) if free_bytes else request
 
 
 @lru_cache(maxsize=4096)

@@ -112,7 +112,8 @@ def step_time(plan: "EnginePlan") -> StepTime:
     if not is_known(plan):
         name = next(device.name for device in plan.setup.devices if not device.memory_bandwidth_bytes_per_s)
         raise Unsupported(
-            f"how fast {name} reads its memory is not known: give a device file with memory_bandwidth_bytes_per_s"
+            f"how fast {name} reads its memory is not known: `qwen-plan probe --measure --output here.yaml` "
+            "measures this machine for --gpu here.yaml; or give a device file with memory_bandwidth_bytes_per_s"
         )
     return _step_time(plan.engine, plan.setup, host_share(plan))
 

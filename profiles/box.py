@@ -3,7 +3,7 @@
 import os
 
 from .device import Device
-from .device_names import device, is_name, is_path
+from .device_names import device, devices_in, is_name, is_path
 from .errors import BadInput
 from .names import quote
 
@@ -14,7 +14,7 @@ MAX_SPEC_CHARACTERS = 16384
 def devices_of(spec: str) -> tuple[Device, ...]:
     """The devices of one box, as `--gpu` takes them: `rtx3090`, `2xrtx3090`, `rtx4090,rtx3060`, `2xrtx3090,my.yaml`.
 
-    `auto` stands for this machine.
+    `auto` stands for this machine; a file may hold several devices.
 
     `BadInput` for an empty part or a count outside 1 to 1024, and whatever `device` says of a name or a file.
     """
@@ -31,9 +31,10 @@ def devices_of(spec: str) -> tuple[Device, ...]:
     found: list[Device] = []
     for part in [spec] if is_path(spec) and _exists(spec) else spec.split(","):
         count, name = _count_and_name(part.strip(), spec)
-        if len(found) + count > MAX_DEVICES:
+        named = devices_in(name) if len(found) + count <= MAX_DEVICES else ()
+        if len(found) + count * max(1, len(named)) > MAX_DEVICES:
             raise BadInput(f"{quote(spec)} asks for more than {MAX_DEVICES} devices")
-        found += [device(name)] * count
+        found += named * count
     return tuple(found)
 
 

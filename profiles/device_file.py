@@ -13,10 +13,16 @@ Without `like` a file also needs `vendor` (nvidia, amd, intel, apple, cpu), `kin
     measured: {memory_bandwidth_bytes_per_s: {value: 700000000000, by: bandwidthTest, on: "2026-11-22", source: mine}},
     source, usable_source, flops_source, checked, note
 
+A box of several devices is a list of them, an entry each, with how many there are where that is more than one:
+
+    devices:
+      - {like: rtx3090, usable_mib: 24000, count: 2}
+      - like: rtx4090
+
 Everything is in base units (bytes, bytes per second, operations per second, watts) and written out: 760300000000, not
-7.6e11 or "760 GB/s"; only memory_gib, usable_gib and usable_mib have a prefix. FLOPS are dense, fp16 and bf16 with fp32
-accumulation. Without usable_*: 97 % of the memory of a discrete device, 75 % of a unified one, 90 % of a CPU's; with
-`like`, the share of that device.
+7.6e11 or "760 GB/s"; only memory_gib, usable_gib and usable_mib have a prefix. `memory_bandwidth_bytes_per_s: null`
+says that it is not known; then no speed is. FLOPS are dense, fp16 and bf16 with fp32 accumulation. Without usable_*:
+97 % of the memory of a discrete device, 75 % of a unified one, 90 % of a CPU's; with `like`, the share of that device.
 """
 
 import datetime
@@ -35,7 +41,8 @@ from .json_file import short
 from .names import nearest
 from .yaml_file import PlainLoader
 
-LIMIT_BYTES = 32 << 10
+LIMIT_BYTES = 64 << 10
+LIMIT_DEVICES = 1024
 LIMIT_BRACKETS = 100
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -77,7 +84,7 @@ class Entry(_Strict):
     kind: Literal["discrete", "unified", "cpu"]
     memory_bytes: Memory
     usable_bytes: Memory
-    memory_bandwidth_bytes_per_s: Rate
+    memory_bandwidth_bytes_per_s: Rate | None
     flops_per_s: dict[Dtype, Flops] = {}
     source: Text
     checked: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
@@ -116,13 +123,48 @@ def read_device(path: str, find: Callable[[str], Device]) -> Device:
 
     `BadInput`, naming the file and the field, for anything else.
     """
-    where = path[:300] if path.isprintable() else ascii(path[:300])
+    found = read_devices(path, find)
+    if len(found) > 1:
+        raise BadInput(f"{_shown(path)} holds {len(found)} devices: give it to --gpu as it is, where a box may stand")
+    return next(iter(found))
+
+
+def read_devices(path: str, find: Callable[[str], Device]) -> tuple[Device, ...]:
+    """The devices of a YAML file, one or those in its list `devices`; a `count` repeats one object.
+
+    `BadInput`, naming the file and the field, for anything else.
+    """
+    where = _shown(path)
     raw = parse_yaml(_read_bytes(path, where), where)
+    if "devices" not in raw:
+        return (_one({"name": _name_of_file(path), **raw}, path, where, find),)
+    entries = raw["devices"]
+    if len(raw) > 1 or not isinstance(entries, list) or not entries:
+        raise BadInput(f"{where}: devices must be a list of devices, at least one, and the only key of the file")
+    found: list[Device] = []
+    for place, entry in enumerate(entries, 1):
+        at = f"{where}, device {place}"
+        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+            raise BadInput(f"{at}: holds {short(entry)}, not `key: value` lines")
+        count = entry.pop("count", 1)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LIMIT_DEVICES - len(found):
+            raise BadInput(f"{at}: count must be a whole number, and all together at most {LIMIT_DEVICES}")
+        if "like" not in entry:  # which gives its name, too
+            entry.setdefault("name", f"{_name_of_file(path)[:58]}-{place}")
+        found += [_one(entry, path, at, find)] * count
+    return tuple(found)
+
+
+def _shown(path: str) -> str:
+    return path[:300] if path.isprintable() else ascii(path[:300])
+
+
+def _one(raw: dict[str, Any], path: str, where: str, find: Callable[[str], Device]) -> Device:
     _refuse_unknown_keys(raw, where)
     entry = _in_bytes(raw, where)
-    for key, value in (("name", _name_of_file(path)), ("checked", _date_of_file(path))):
-        entry.setdefault(key, value)
-    entry.setdefault("title", entry["name"])
+    entry.setdefault("checked", _date_of_file(path))
+    if "name" in entry:
+        entry.setdefault("title", entry["name"])
     if "usable_bytes" in entry:
         entry.setdefault("usable_source", where)
     like = entry.pop("like", None)
@@ -138,6 +180,7 @@ def build(entry: dict[str, Any], where: str, path: str | None = None) -> Device:
     except ValidationError as error:
         raise BadInput(f"{where}: {_sentence(error)}") from None
     values = checked.model_dump()
+    values["memory_bandwidth_bytes_per_s"] = checked.memory_bandwidth_bytes_per_s or 0  # not known
     return Device(**values, path=path)
 
 

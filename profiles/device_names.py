@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .device import Device
-from .errors import UnknownName
+from .errors import BadInput, UnknownName
 from .names import did_you_mean, fold, join_or, quote
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ def device(name_or_path: str) -> Device:
     if is_name(name_or_path):
         return _named(name_or_path)
     if is_path(name_or_path):
-        return _read(name_or_path)
+        found = devices_in(name_or_path)
+        if len(found) > 1:
+            raise BadInput(f"{quote(name_or_path)} holds {len(found)} devices, and one is wanted here")
+        return next(iter(found))
     name = _find(name_or_path)
     if name is not None:
         return _named(name)
@@ -44,6 +47,11 @@ def device(name_or_path: str) -> Device:
         )
     hint = did_you_mean(name_or_path, known)
     raise UnknownName(f"no device is called {quote(name_or_path)}; {hint}`qwen-plan devices` lists all")
+
+
+def devices_in(name_or_path: str) -> tuple[Device, ...]:
+    """The devices of that YAML file, which may be several; the one of that name. Errors as of `device`."""
+    return _read(name_or_path) if not is_name(name_or_path) and is_path(name_or_path) else (device(name_or_path),)
 
 
 @lru_cache(maxsize=1)
@@ -140,18 +148,18 @@ def _named(name: str) -> Device:
     return Device(*json.loads(_catalog().rows[name]))
 
 
-def _read(path: str) -> Device:
+def _read(path: str) -> tuple[Device, ...]:
     path = os.path.expanduser(path)
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        status = None  # read_device says what is wrong
+        status = None  # read_devices says what is wrong
     version = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else ()
     return _read_version(path, version)
 
 
 @lru_cache(maxsize=64)
-def _read_version(path: str, _version: tuple[int, ...]) -> Device:
-    from .device_file import read_device
+def _read_version(path: str, _version: tuple[int, ...]) -> tuple[Device, ...]:
+    from .device_file import read_devices
 
-    return read_device(path, device)
+    return read_devices(path, device)

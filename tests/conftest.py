@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from json import loads
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -184,6 +185,21 @@ def qwen_plan() -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture
+def page() -> Callable[..., Any]:
+    """Makes a client of the page's application, in this process."""
+    for library in ("fastapi", "limits", "jinja2", "httpx2"):
+        pytest.importorskip(library, reason=f"not installed: {library} (tests/requirements.txt has it)")
+    from fastapi.testclient import TestClient
+
+    from qwenfit.cli.page import app
+
+    def client(*, raises: bool = True, **told: Any) -> Any:
+        return TestClient(app(**told), base_url="http://127.0.0.1:8035", raise_server_exceptions=raises)
+
+    return client
+
+
 def _children_cpu_s() -> float:
     spent = os.times()
     return spent.children_user + spent.children_system
@@ -193,3 +209,104 @@ def _children_cpu_s() -> float:
 def made() -> SimpleNamespace:
     """The makers of these answers, for a test that wants another one."""
     return SimpleNamespace(plan=made_plan, device=made_device)
+
+
+class MadeNvml:
+    """NVML with these cards, each a mapping of what differs from an idle H100; errors are pynvml's own.
+
+    `broken`: function -> the error's number; it raises for every device.
+    """
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    def __init__(self, *cards: Mapping[str, Any], broken: Mapping[str, int] | None = None) -> None:
+        self.cards, self.broken = [{**IDLE_H100, **card} for card in cards], dict(broken or {})
+        self.called: set[str] = set()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if not name.startswith("nvml"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> Any:
+            self.called.add(name)
+            if name in self.broken:
+                raise nvml_error(self.broken[name])
+            return self._answer(name, *arguments)
+
+        return call
+
+    def _answer(self, name: str, *arguments: Any) -> Any:
+        whole = {
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlSystemGetDriverVersion": b"580.95.05",
+            "nvmlSystemGetCudaDriverVersion": 13000,
+            "nvmlSystemGetProcessName": "/home/anna/secret/python3 --token=x",
+            "nvmlDeviceGetCount": len(self.cards),
+        }
+        if name in whole:
+            return whole[name]
+        if name == "nvmlDeviceGetHandleByIndex":
+            return self.cards[arguments[0]]
+        card = arguments[0]
+        if name == "nvmlDeviceGetMigDeviceHandleByIndex":
+            parts = card.get("parts", ())
+            if arguments[1] >= len(parts):
+                raise nvml_error(6)
+            return {**card, **parts[arguments[1]]}
+        if name in ("nvmlDeviceGetClockInfo", "nvmlDeviceGetMaxClockInfo"):
+            found = card[name][arguments[1]]
+        else:
+            found = card[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def nvml_error(number: int) -> Exception:
+    """The error of that number, as pynvml raises it: 3 not supported, 4 no permission, 6 not found, 999 unknown."""
+    import pynvml
+
+    return pynvml.NVMLError(number)
+
+
+# As nvidia-smi -q shows an H100 SXM that nobody uses; figures that vary were chosen.
+IDLE_H100: dict[str, Any] = {
+    "nvmlDeviceGetName": b"NVIDIA H100 80GB HBM3",
+    "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=81559 << 20, used=600 << 20, free=80959 << 20),
+    "nvmlDeviceGetCudaComputeCapability": (9, 0),
+    "nvmlDeviceGetClockInfo": {1: 345, 2: 2619},
+    "nvmlDeviceGetMaxClockInfo": {1: 1980, 2: 2619},
+    "nvmlDeviceGetMemoryBusWidth": 5120,
+    "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+    "nvmlDeviceGetUUID": "GPU-5e37f1a2-0000-4444-8888-aaaaaaaaaaaa",
+    "nvmlDeviceGetCurrPcieLinkGeneration": 5,
+    "nvmlDeviceGetCurrPcieLinkWidth": 16,
+    "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+    "nvmlDeviceGetMaxPcieLinkWidth": 16,
+    "nvmlDeviceGetComputeRunningProcesses": [],
+    "nvmlDeviceGetGraphicsRunningProcesses": [],
+    "nvmlDeviceGetMigMode": [0, 0],
+    "nvmlDeviceGetMaxMigDeviceCount": 7,
+    "nvmlDeviceGetAttributes": SimpleNamespace(gpuInstanceSliceCount=1),
+}
+
+
+@pytest.fixture
+def made_nvml() -> type[MadeNvml]:
+    return MadeNvml
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Callable[[str], str]:
+    """Lays out the /proc and /sys of a machine of tests/data/machines and gives their root."""
+
+    def lay(name: str) -> str:
+        told = loads((Path(__file__).parent / "data" / "machines" / f"{name}.json").read_text(encoding="utf-8"))
+        for path, text in told["files"].items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return lay

@@ -132,3 +132,15 @@ def test_the_projects_own_workflow_uses_the_action() -> None:
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     step = next(one for one in workflow["jobs"]["plan"]["steps"] if one.get("uses") == "./")
     assert set(step["with"]) <= set(action["inputs"]) and (ROOT / step["with"]["matrix"]).exists()
+
+
+def test_a_file_of_several_devices_is_named_as_it_is(tmp_path: Path) -> None:
+    """Not once for every device in it: two of them are six devices."""
+    from qwenfit.cli.matrix_file import _device_name
+    from qwenfit.profiles import devices_of
+
+    file = tmp_path / "box.yaml"
+    file.write_text("devices:\n  - {like: rtx3090, count: 2}\n  - like: rtx4090\n", encoding="utf-8")
+    assert len(devices_of(_device_name(f" {file}"))) == 3
+    assert len(devices_of(_device_name(f"2x{file}"))) == 6
+    assert _device_name("RTX 3090") == "rtx3090" and _device_name("auto") == "auto"

@@ -97,6 +97,18 @@ def test_activations_of_vllm_follow_from_its_budget() -> None:
     assert abs(active.bytes - round((1.97 + 0.07) * (1 << 30))) <= active.resolution_bytes + (1 << 30) // 100
 
 
+def test_where_the_weights_have_no_line_they_are_in_the_rest() -> None:
+    """club-3090 pull request 1139: of 21.67 GiB requested, 4.76 are the cache and 0.2 the estimated graphs; the rest is
+    15.25 GiB of weights and what torch does not know of, and 1.66 of peak activation, graphs included."""
+    log = read_log_file(str(LOGS / "vllm-2026-09-tp2.log"))
+    rest = [part for part in log.parts if part.line.startswith(DERIVED)]
+    assert [(part.place, part.part, part.covers) for part in rest] == [
+        ("device0", "activation", ("weights",)),
+        ("device1", "activation", ("weights",)),
+    ]
+    assert abs(rest[0].bytes - round((15.25 + 1.66 - 0.2) * (1 << 30))) <= rest[0].resolution_bytes + (1 << 30) // 50
+
+
 def test_of_several_boots_the_last_complete_one_is_read() -> None:
     first = text_of("vllm-0.32.0-cpu.log")
     second = first.replace("(1.0/23.54)", "(2.0/23.54)")
@@ -120,7 +132,8 @@ def test_a_death_after_the_server_was_ready_is_told() -> None:
     boot = text_of("llamacpp-b11434-cpu.log")
     late = boot + "ggml_cuda: allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory\n"
     assert read_log(late).died == "allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory"
-    early = "E load: allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory\n" + boot
+    at = boot.index("llama_context: n_ctx ")
+    early = boot[:at] + "\nE load: allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory\n" + boot[at:]
     assert read_log(early).died is None  # it tried again, and served
 
 
@@ -142,7 +155,23 @@ def test_what_is_left_unaccounted_for_is_the_runtime_once_the_server_was_ready()
     after = figures(read_log(boot + row))
     assert after["device0 runtime"].bytes == 1141 << 20
     assert after["device0 runtime"].resolution_bytes == 1 << 19
-    assert "device0 runtime" not in figures(read_log(row + boot))
+    at = boot.index("load_tensors: offloaded")
+    assert "device0 runtime" not in figures(read_log(boot[:at] + row + boot[at:]))
+
+
+def test_ollamas_engine_of_2025_names_backends_and_buffers() -> None:
+    """ml/backend/ggml/ggml.go of 0.9 to 0.11, before sizes were collected per device."""
+    log = read_log(
+        'time=2025-06-01T10:00:00Z level=INFO source=ggml.go:351 msg="model weights" buffer=CUDA0 size="4.8 GiB"\n'
+        'time=2025-06-01T10:00:00Z level=INFO source=ggml.go:351 msg="model weights" buffer=CPU size="525.0 MiB"\n'
+        'time=2025-06-01T10:00:01Z level=INFO source=ggml.go:638 msg="compute graph" backend=CUDA0 buffer_type=CUDA0 '
+        'size="1.1 GiB"\n'
+    )
+    assert {key: part.bytes for key, part in figures(log).items()} == {
+        "device0 weights": round(4.8 * (1 << 30)),
+        "host weights": 525 << 20,
+        "device0 activation": round(1.1 * (1 << 30)),
+    }
 
 
 def test_a_quiet_llama_server_is_told_what_to_do() -> None:

@@ -1,128 +1,169 @@
-"""The probe behind `--gpu auto`, against a made NVML, made files and a made sysctl: no machine is assumed."""
+"""What `--gpu auto` plans with, on machines that are made or recorded: none is assumed."""
 
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwenfit.profiles import device, devices
-from qwenfit.profiles import this_machine as probe
+from qwenfit.planner import Request, plan
+from qwenfit.profiles import BadInput, device, devices, devices_of
+from qwenfit.profiles import this_machine as here
+from qwenfit.profiles.machine import Cpu, Gpu, Machine, Ram, System
+from qwenfit.profiles.probe import probe
 
 MIB = 1 << 20
 GIB = 1 << 30
+Recorded = Callable[[str], str]
 
 
-class FakeNVMLError(Exception):
-    pass
+def card(title: str, total_mib: int, free_mib: int | None = None, **changes: Any) -> dict[str, Any]:
+    free = (total_mib if free_mib is None else free_mib) * MIB
+    memory = SimpleNamespace(total=total_mib * MIB, used=total_mib * MIB - free, free=free)
+    return {"nvmlDeviceGetName": title, "nvmlDeviceGetMemoryInfo": memory, **changes}
 
 
-def fake_nvml(*cards: tuple[str | bytes, int | None, int], count_fails: bool = False) -> SimpleNamespace:
-    """Cards as (name, total bytes or None where NVML has no figure, free bytes)."""
-
-    def count() -> int:
-        if count_fails:
-            raise FakeNVMLError("driver not loaded")
-        return len(cards)
-
-    def memory(index: int) -> SimpleNamespace:
-        _, total_bytes, free_bytes = cards[index]
-        if total_bytes is None:
-            raise FakeNVMLError("not supported")
-        return SimpleNamespace(total=total_bytes, free=free_bytes)
-
-    return SimpleNamespace(
-        NVMLError=FakeNVMLError,
-        NVML_CLOCK_MEM=2,
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=count,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda index: cards[index][0],
-        nvmlDeviceGetMemoryInfo=memory,
-        nvmlDeviceGetCudaComputeCapability=lambda index: (9, 0),
-        nvmlDeviceGetMaxClockInfo=lambda index, kind: 2000,
-        nvmlDeviceGetMemoryBusWidth=lambda index: 512,
-    )
+def found_by(nvml: Any, root: str = "/nowhere", **environment: str) -> list[Any]:
+    machine = probe(root, nvml=nvml, environment=environment, system="linux", places={})
+    return [one.device for one in here.devices_here(machine)]
 
 
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def made(*gpus: Gpu, ram_bytes: int = 64 * GIB) -> Machine:
+    ram = Ram(ram_bytes, ram_bytes - 4 * GIB)
+    return Machine(System("Linux", "6.8", "3.12"), Cpu("a CPU", "x86_64", 8, 8, 8), ram, gpus=gpus)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-
-
-def test_a_known_card_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_nvml((b"NVIDIA GeForce RTX 3060", 12288 * MIB, 9 * GIB)))
-    (found,) = probe.this_machine()
-    assert found.name == "rtx3060"
-    assert found.usable_bytes == 9 * GIB
+def test_a_known_card_with_what_is_free(made_nvml: Any) -> None:
+    (found,) = found_by(made_nvml(card("NVIDIA GeForce RTX 3060", 12288, 9 * 1024)))
+    assert (found.name, found.usable_bytes) == ("rtx3060", 9 * GIB)
     assert found.memory_bandwidth_bytes_per_s == device("rtx3060").memory_bandwidth_bytes_per_s
-    assert found.measured["free_bytes"] == 9 * GIB
+    assert found.measured["free_bytes"]["value"] == 9 * GIB
     assert device("rtx3060").usable_bytes != 9 * GIB, "the catalog's own object is left alone"
 
 
-def test_an_idle_card_has_no_more_than_the_catalog_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_nvml(("NVIDIA GeForce RTX 3060", 12288 * MIB, 12288 * MIB)))
-    (found,) = probe.this_machine()
+def test_an_idle_card_has_no_more_than_the_catalog_says(made_nvml: Any) -> None:
+    (found,) = found_by(made_nvml(card("NVIDIA GeForce RTX 3060", 12288)))
     assert found.usable_bytes == device("rtx3060").usable_bytes
 
 
-def test_several_cards_in_the_order_that_cuda_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = (("NVIDIA GeForce RTX 3090", 24576 * MIB, 24 * GIB), ("NVIDIA GeForce RTX 3060", 12288 * MIB, 12 * GIB))
-    install(monkeypatch, fake_nvml(*cards))
-    assert [found.name for found in probe.this_machine()] == ["rtx3090", "rtx3060"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-    assert [found.name for found in probe.this_machine()] == ["rtx3060", "rtx3090"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [found.name for found in probe.this_machine()] == ["rtx3060"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert [found.kind for found in probe.this_machine()] == ["cpu"]
+def test_several_cards_in_the_order_that_cuda_sees(made_nvml: Any) -> None:
+    nvml = made_nvml(card("NVIDIA GeForce RTX 3090", 24576), card("NVIDIA GeForce RTX 3060", 12288))
+    for shown, names in (("0,1", ["rtx3090", "rtx3060"]), ("1,0", ["rtx3060", "rtx3090"]), ("1", ["rtx3060"])):
+        assert [one.name for one in found_by(nvml, CUDA_VISIBLE_DEVICES=shown)] == names
+    assert [one.kind for one in found_by(nvml, CUDA_VISIBLE_DEVICES="-1")] == ["cpu"]
 
 
-def test_a_card_that_no_catalog_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_nvml(("NVIDIA RTX 9999 Ti", 40 * GIB, 39 * GIB)))
-    (found,) = probe.this_machine()
-    assert (found.vendor, found.compute_capability, found.memory_bytes) == ("nvidia", "9.0", 40 * GIB)
+def test_a_card_that_no_catalog_has(made_nvml: Any) -> None:
+    """2,000 MHz, two transfers, 64 bytes."""
+    clocks = {"nvmlDeviceGetMaxClockInfo": {1: 2000, 2: 2000}, "nvmlDeviceGetMemoryBusWidth": 512}
+    (found,) = found_by(made_nvml(card("NVIDIA RTX 9999 Ti", 40 * 1024, 39 * 1024, **clocks)))
+    assert (found.name, found.compute_capability, found.memory_bytes) == ("nvidia-rtx-9999-ti", "9.0", 40 * GIB)
     assert found.usable_bytes == 39 * GIB
-    assert found.memory_bandwidth_bytes_per_s == 256_000_000_000  # 2000 MHz, two transfers, 64 bytes
+    assert found.memory_bandwidth_bytes_per_s == 256_000_000_000
 
 
-def test_one_memory_for_cpu_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_nvml(("NVIDIA GB10", None, 0)))
-    monkeypatch.setattr(probe, "_host_memory", lambda: (122570 * MIB, 100 * GIB))
-    (found,) = probe.this_machine()
+def test_a_slot_with_fewer_lanes_is_the_link(made_nvml: Any) -> None:
+    """PCIe 3 x4 moves 3.94 GB/s (8 GT/s, 128b/130b); an RTX 3060 alone would move 31.5."""
+    slot = {"nvmlDeviceGetMaxPcieLinkGeneration": 3, "nvmlDeviceGetMaxPcieLinkWidth": 4}
+    (found,) = found_by(made_nvml(card("NVIDIA GeForce RTX 3060", 12288, **slot)))
+    assert found.host_link_bytes_per_s == 3_938_400_000
+    (wide,) = found_by(made_nvml(card("NVIDIA GeForce RTX 3060", 12288)))
+    assert wide.host_link_bytes_per_s == device("rtx3060").host_link_bytes_per_s
+
+
+def test_one_memory_for_cpu_and_gpu(made_nvml: Any, recorded: Recorded) -> None:
+    """A GB10's NVML says "not supported": what is free is what /proc/meminfo says, 100 GiB in the recorded tree."""
+    (found,) = found_by(
+        made_nvml({"nvmlDeviceGetName": "NVIDIA GB10"}, broken={"nvmlDeviceGetMemoryInfo": 3}), recorded("dgx-spark")
+    )
     assert (found.name, found.usable_bytes) == ("dgx-spark", 100 * GIB)
 
 
-@pytest.mark.parametrize("nvml", [None, fake_nvml(count_fails=True), SimpleNamespace(), fake_nvml()])
-def test_without_a_driver_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> None:
-    install(monkeypatch, nvml)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(probe, "_host_memory", lambda: (32 * GIB, 20 * GIB))
-    (found,) = probe.this_machine()
-    assert (found.kind, found.vendor, found.memory_bytes, found.usable_bytes) == ("cpu", "cpu", 32 * GIB, 20 * GIB)
+def test_memory_that_cannot_be_seen_is_the_catalogs_where_the_name_says_it(made_nvml: Any) -> None:
+    broken = {"nvmlDeviceGetMemoryInfo": 999}
+    (found,) = found_by(made_nvml({"nvmlDeviceGetName": "NVIDIA H100 80GB HBM3"}, broken=broken))
+    assert found.name == "h100-sxm" and "could not be seen" in found.usable_source
+    (unknown,) = found_by(made_nvml({"nvmlDeviceGetName": "NVIDIA GeForce RTX 3080"}, broken=broken))
+    assert unknown.kind == "cpu" or unknown.name.startswith("rtx3080")
 
 
-def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, None)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    told = {"machdep.cpu.brand_string": "Apple M1", "hw.memsize": str(16 * GIB), "iogpu.wired_limit_mb": "0"}
-    monkeypatch.setattr(probe, "_sysctl", told.__getitem__)
-    assert probe.this_machine() == (device("m1-16gb"),)
-    told["iogpu.wired_limit_mb"] = "14336"
-    (raised,) = probe.this_machine()
-    assert (raised.name, raised.usable_bytes) == ("m1-16gb", 14 * GIB)
+@pytest.mark.parametrize("nvml", [None, SimpleNamespace(), SimpleNamespace(nvmlInit=lambda: None)])
+def test_without_a_driver_it_is_the_cpu(recorded: Recorded, nvml: Any) -> None:
+    (found,) = found_by(nvml, recorded("container-v1"))
+    assert (found.kind, found.vendor, found.memory_bytes, found.usable_bytes) == ("cpu", "cpu", 8 * GIB, 5 * GIB)
+    assert found.memory_bandwidth_bytes_per_s == 0 and "control groups" in found.usable_source
 
 
-def test_a_container_has_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"/sys/fs/cgroup/memory.max": 8 * GIB, "/sys/fs/cgroup/memory.current": 3 * GIB}
-    monkeypatch.setattr(probe, "_meminfo", lambda: (64 * GIB, 50 * GIB))
-    monkeypatch.setattr(probe, "_number", files.get)
-    assert probe._host_memory() == (8 * GIB, 5 * GIB)
+def test_amd_by_target_and_memory(recorded: Recorded) -> None:
+    """MI300X and RX 7900 XTX; 5 of the latter's 24 GiB are taken. Its slot here is PCIe 4 x8."""
+    instinct, radeon = found_by(None, recorded("mi300x-and-7900xtx"))
+    assert instinct.name == "mi300x" and instinct.usable_bytes <= device("mi300x").usable_bytes
+    assert (radeon.name, radeon.usable_bytes) == ("rx7900xtx", 25753026560 - 5368709120)
+    assert radeon.host_link_bytes_per_s == 8 * 1_969_000_000
+
+
+@pytest.mark.parametrize(
+    ("target", "memory_gib", "title", "name"),
+    [
+        ("gfx1100", 20, "AMD Radeon RX 7900 XT", "rx7900xt"),
+        ("gfx942", 255.98, "AMD Instinct MI325X", "mi325x"),
+        ("gfx1201", 16, "AMD Radeon RX 9070 XT", "rx9070xt"),
+        ("gfx1199", 99, "AMD Radeon Future", "amd-radeon-future"),
+    ],
+)
+def test_other_cards_of_amd(target: str, memory_gib: float, title: str, name: str) -> None:
+    size = int(memory_gib * GIB)
+    gpu = Gpu(0, "amd", title, memory_bytes=size, used_bytes=0, free_bytes=size, compute_capability=target)
+    ((found, _),) = here.devices_here(made(gpu))
+    assert found.name == name and found.usable_bytes <= size
+
+
+def test_an_apu_has_the_hosts_memory_and_a_small_one_is_left_to_the_screen() -> None:
+    """Strix Halo of 128 GB: 64 GiB set aside, 31 more from the host, of which 60 GiB are free."""
+    apu = Gpu(0, "amd", "AMD Radeon Graphics", "unified", 95 * GIB, 1 * GIB, 94 * GIB, 31 * GIB, "gfx1151")
+    ((found, _),) = here.devices_here(made(apu))
+    assert (found.name, found.usable_bytes) == ("strix-halo-96gb", 94 * GIB)
+    small = Gpu(0, "amd", "AMD Radeon Graphics", "unified", 32 * GIB, 0, 32 * GIB, 31 * GIB, "gfx1036")
+    assert here.devices_here(made(small))[0].device.kind == "cpu"
+
+
+def test_a_mac() -> None:
+    gpu = Gpu(0, "apple", "Apple M1", "unified", 16 * GIB)
+    assert here.devices_here(made(gpu))[0].device is device("m1-16gb")
+    raised = Gpu(0, "apple", "Apple M1", "unified", 16 * GIB, free_bytes=14 * GIB)
+    ((found, _),) = here.devices_here(made(raised))
+    assert (found.name, found.usable_bytes) == ("m1-16gb", 14 * GIB)
+
+
+def test_a_profile_adds_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The speeds of the file, the memory of now; a file about another machine is refused."""
+    (now,) = here.this_machine()
+    if now.kind != "cpu":
+        pytest.skip("this machine has a GPU")
+    file = tmp_path / "here.yaml"
+    text = (
+        f"name: this-cpu\ntitle: {now.title!r}\nvendor: cpu\nkind: cpu\narchitecture: x\nmemory_gib: 1\n"
+        "memory_bandwidth_bytes_per_s: 12300000000\nflops_per_s: {fp32: 99000000000}\n"
+    )
+    file.write_text(text, encoding="utf-8")
+    monkeypatch.setenv("QWENFIT_PROFILE", str(file))
+    (found,) = devices_of("auto")
+    assert found.memory_bandwidth_bytes_per_s == 12_300_000_000 and found.flops_per_s == {"fp32": 99_000_000_000}
+    assert found.memory_bytes == now.memory_bytes
+    file.write_text(text.replace("this-cpu", "that-cpu"), encoding="utf-8")
+    with pytest.raises(BadInput, match="none of its devices is here"):
+        devices_of("auto")
+
+
+def test_auto_knows_how_much_host_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of this machine: experts may move to the host's free memory, which is not taken for granted then."""
+    monkeypatch.setattr(here, "this_machine", lambda: (device("rtx3060"),))
+    monkeypatch.setattr(here, "free_host_bytes", lambda: 40 * GIB)
+    asked = plan(Request(model="35b-a3b", devices=("auto",), engine="llama.cpp"))
+    assert asked.request.options.host_memory_bytes == 40 * GIB
+    assert not any("host memory was not given" in warning for warning in asked.best.warnings)
+    assert asked.best.host.weights.mid > 10 * GIB
 
 
 # Names as nvidia-smi prints them, with NVML's total in MiB: from public nvidia-smi listings.
@@ -165,5 +206,5 @@ NVML_NAMES = [
 @pytest.mark.parametrize(("title", "memory_mib", "name"), NVML_NAMES)
 def test_names_as_nvml_gives_them(title: str, memory_mib: int, name: str | None) -> None:
     catalog = [one for one in devices() if one.vendor == "nvidia"]
-    found = probe.matching(title, memory_mib * MIB, catalog)
+    found = here.matching(title, memory_mib * MIB, catalog)
     assert (found.name if found else None) == name

@@ -165,7 +165,7 @@ class _Boot:
             settings=settings,
             parts=parts,
             facts=facts,
-            died=redact(self.died) if self.died else None,
+            died=_sentence(redact(self.died)) if self.died else None,
             notes=tuple(notes),
         )
 
@@ -187,6 +187,12 @@ class _Boot:
             before = sums.get((part.part, place))
             sums[part.part, place] = _sum(before, part) if before else part
         yield from sums.values()
+
+
+def _sentence(text: str) -> str:
+    """Without a last sentence that was cut."""
+    whole, stop, _ = text.rpartition(". ")
+    return f"{whole}." if stop and len(text) > 200 and not text.endswith(".") else text
 
 
 def _sum(one: LoggedPart, other: LoggedPart) -> LoggedPart:

@@ -37,15 +37,19 @@ def _derive(
     budget, graphs = integer(facts, "requested_bytes"), integer(facts, "graph_estimate_bytes") or 0
     if facts.get("graph_estimate_is_off"):
         graphs = 0
-    known = {part.part: part for part in parts if part.place == "device0"}
-    if budget is None or "weights" not in known or "kv_cache" not in known:
+    if budget is None:
         return parts
-    taken = known["weights"].bytes + known["kv_cache"].bytes + graphs
-    doubt = known["weights"].resolution_bytes + known["kv_cache"].resolution_bytes + GIB // 100
-    if budget <= taken:  # a cache of a size that was asked for does not come from the budget
-        return parts
-    line = "requested memory less weights, KV cache and estimated graphs"
-    return (*parts, LoggedPart("activation", "device0", budget - taken, doubt, line))
+    profiled: list[LoggedPart] = []
+    for place in dict.fromkeys(part.place for part in parts):
+        known = {part.part: part for part in parts if part.place == place}
+        taken = [known[name] for name in ("weights", "kv_cache") if name in known]
+        left = budget - graphs - sum(part.bytes for part in taken)
+        if "kv_cache" in known and left > 0:  # a cache of a size that was asked for does not come from the budget
+            doubt = GIB // 100 + sum(part.resolution_bytes for part in taken)
+            line = f"requested memory less {', '.join(part.part for part in taken)} and estimated graphs"
+            covers = () if "weights" in known else ("weights",)
+            profiled.append(LoggedPart("activation", place, left, doubt, line, covers))
+    return (*parts, *profiled)
 
 
 DIALECT = Dialect(
@@ -196,6 +200,7 @@ DIALECT = Dialect(
         words("language_model_only=", "text_only", r"(?P<value>True|False)", kind="bool"),
         words("'num_speculative_tokens': ", "mtp", r"(?P<value>\d{1,3})"),
         words("num_spec_tokens=", "mtp", r"(?P<value>\d{1,3})"),
+        words("Resolved architecture: ", "architecture", r"(?P<value>\w{1,80})", kind="text"),
         words("quantization=", "quantization", r"'?(?P<value>[\w-]{1,40})", kind="text"),
         words("device_config=", "device_kind", r"(?P<value>cuda|cpu|xpu|rocm|hip)", kind="text"),
         WordFormat(

@@ -1,8 +1,8 @@
 """One process of our own, in a session of its own: started, watched, and stopped with everything that it started.
 
-Its output goes into a file. On Linux the kernel ends it if we die, however that happens; elsewhere only `stop` does. What
-it holds at most is the resident memory of its session, looked at twice a second: the file pages of a mapped checkpoint
-count, as they do for whoever has to have the memory.
+Its output goes into a file. On Linux the kernel ends it if we die, however that happens; elsewhere only `stop` does.
+What it holds at most is the resident memory of its session, looked at twice a second: the file pages of a mapped
+checkpoint count, as they do for whoever has to have the memory.
 """
 
 import os
@@ -124,7 +124,7 @@ def _session(session: int) -> Iterator[int]:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Proportional set size, which a page shared by n processes adds a n-th to; resident set size where it is hidden."""
+    """Proportional set size (a page that n processes share counts a n-th), resident set size where that is hidden."""
     for path, field in ((f"/proc/{pid}/smaps_rollup", "Pss:"), (f"/proc/{pid}/status", "VmRSS:")):
         try:
             with open(path, encoding="ascii", errors="replace") as file:

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from ...profiles.errors import BadInput, Unsupported
-from ...profiles.frozen import dataclass
+from ...profiles.frozen import dataclass, field, replace
 from ..plan import EnginePlan
 
 LOOPBACK = "127.0.0.1"
@@ -26,17 +26,19 @@ class Rule:
 
     model_after: str
     address_words: tuple[str, ...] = ("--host", "{host}", "--port", "{port}")
-    address_variables: Mapping[str, str] = {}
+    address_variables: Mapping[str, str] = field(default_factory=dict)
     log_words: tuple[str, ...] = ()
     ready_path: str = "/health"
     speaks: str = "tokens"  # or words
     checkpoint: str = "folder"  # what it loads: a folder, a file (.gguf), or neither (a name of its own store)
+    by_python: tuple[str, ...] = ()  # the same server where --binary is an interpreter; the model stands behind these
 
 
 RULES: Mapping[str, Rule] = {
     # Builds of 2026 name their buffers only from verbosity 4 on.
     "llama.cpp": Rule("-m", log_words=("-lv", "4", "--no-webui"), checkpoint="file"),
-    "vllm": Rule("serve"),
+    # The script of vLLM's CPU packages looks for a package called vllm, which they are not; the module does not.
+    "vllm": Rule("serve", by_python=("-m", "vllm.entrypoints.openai.api_server", "--model")),
     "sglang": Rule("--model-path"),
     "ollama": Rule(
         "run",
@@ -78,6 +80,9 @@ def launch(plan: EnginePlan, checkpoint: str | None, binary: str | None, port: i
     own = rule(plan.engine)
     environment, words = _split(plan.command)
     words[0] = _program(binary or words[0], plan.engine)
+    if own.by_python and os.path.basename(words[0]).startswith("python"):
+        words = [words[0], *own.by_python, *words[words.index(own.model_after) + 1 :]]
+        own = replace(own, model_after=own.by_python[-1])
     place = words.index(own.model_after) + 1 if own.model_after in words else -1
     if own.checkpoint == "name":
         return _named(plan, own, environment, words, checkpoint, port)

@@ -7,7 +7,7 @@ from ..logs.engine_log import EngineLog
 from ..memory import Memory
 from ..plan import EnginePlan
 from ..receipt import Receipt, receipt
-from ..scores import TOTAL, PartScore, worst_error
+from ..scores import TOTAL, PartScore, misses
 from ..speed import Interval, Speed
 
 SCHEMA = 1
@@ -70,7 +70,7 @@ class Verification:
     def memory_within(self) -> bool:
         """Every total within the tolerance, and what is exact exact; an engine that ran out of memory was not."""
         exact = all(one.within for one in self.scores if one.planned.exact and one.part != TOTAL)
-        return not self.log.died and exact and worst_error(self.scores) <= self.tolerance
+        return not self.log.died and exact and not misses(self.scores, self.tolerance)
 
     @property
     def rates_within(self) -> bool | None:

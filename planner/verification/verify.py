@@ -17,8 +17,6 @@ from .completions import Answer
 from .process import OwnProcess
 from .verification import RateScore, Verification, at
 
-REQUESTS = 3
-OUTPUT_TOKENS = 64
 LOOK_S = 0.2
 LAST_WORDS_BYTES = 64 << 10
 
@@ -40,7 +38,9 @@ class Asked:
     boot_limit_s: float = 1800.0
     binary: str | None = None
     port: int | None = None
-    prompt_tokens: int = 512  # of a request to an engine
+    requests: int = 3  # to an engine, one after the other, of so many tokens each
+    prompt_tokens: int = 512
+    output_tokens: int = 64
     tolerance: float = 0.05
     memory_only: bool = False
     log: str | None = None  # where the engine's log is to stay
@@ -97,9 +97,7 @@ def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             if ready:
                 tell("is ready; requests are sent")
                 answers = _ask(plan, launch, asked)
-        boot = read_log_file(log, plan.engine) if answers or not ready else None
-        if boot is None or (not ready and not boot.died):
-            raise BadInput(f"{plan.engine} ended with status {process.status} before it was ready: {_last_line(log)}")
+        boot = _boot(plan, log, process.status, ready)
     rates = _rates(plan, answers)
     notes = [f"{len(answers)} requests of {asked.prompt_tokens} tokens, one after the other"] if answers else []
     return _verification(file, plan, asked, servers.words_of(launch.words), boot, rates, process.peak_bytes, notes)
@@ -204,22 +202,35 @@ def _wait(process: OwnProcess, launch: servers.Launch, path: str, limit_s: float
     )
 
 
+def _boot(plan: EnginePlan, log: str, status: int | None, ready: bool) -> EngineLog:
+    """What the log says. BadInput where the engine ended for another reason than memory."""
+    try:
+        boot = read_log_file(log, plan.engine)
+    except BadInput:
+        if ready:
+            raise
+        boot = None
+    if not ready and (boot is None or not boot.died):
+        raise BadInput(f"{plan.engine} ended with status {status} before it was ready: {_last_line(log)}")
+    assert boot is not None
+    return boot
+
+
 def _ask(plan: EnginePlan, launch: servers.Launch, asked: Asked) -> list[Answer]:
     """A short request to warm up, and the timed ones, as long as the context has room for."""
-    room = plan.ctx_tokens - OUTPUT_TOKENS - 1
-    prompt = max(1, min(asked.prompt_tokens, room))
-    output = max(1, min(OUTPUT_TOKENS, plan.ctx_tokens - prompt - 1))
+    prompt = max(1, min(asked.prompt_tokens, plan.ctx_tokens - asked.output_tokens - 1))
+    output = max(1, min(asked.output_tokens, plan.ctx_tokens - prompt - 1))
     if servers.rule(plan.engine).speaks == "words":
         completions.ask_words(launch.address, launch.model, 8, 2, 0, asked.limit_s)
         return [
             completions.ask_words(launch.address, launch.model, prompt, output, seed + 1, asked.limit_s)
-            for seed in range(REQUESTS)
+            for seed in range(asked.requests)
         ]
     name, vocabulary = completions.served_name(launch.address), plan.setup.model.vocab_size
     completions.ask_tokens(launch.address, name, min(8, prompt), 2, vocabulary, 0, asked.limit_s)
     return [
         completions.ask_tokens(launch.address, name, prompt, output, vocabulary, seed + 1, asked.limit_s)
-        for seed in range(REQUESTS)
+        for seed in range(asked.requests)
     ]
 
 
