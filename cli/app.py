@@ -62,6 +62,7 @@ def build(answer: Answer) -> typer.Typer:
     app.command("verify", help="Run a plan here, and set what it took beside what was planned.")(_verify)
     app.command("probe", help="Say what this machine is, measure it, and write it as a profile.")(_probe)
     app.command("serve", help="Serve the planner as a web page and a JSON API, on this machine.")(_serve)
+    app.command("deploy", help="Write the files that start a plan: compose, systemd, Kubernetes, Ray Serve.")(_deploy)
     return app
 
 
@@ -174,6 +175,34 @@ def _calibrate(
     from .calibrate import calibrate
 
     raise typer.Exit(calibrate(receipts, output or None, "json" if json else "text"))
+
+
+def _deploy(
+    file: Annotated[str, typer.Argument(metavar="PLAN.json", help="what `qwen-plan ... --json` wrote")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write, empty or not there yet")],
+    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="which of the plans [default: best]")] = "",
+    calibration: Annotated[
+        str, typer.Option("--calibration", metavar="FILE.yaml", help="that the plan was made with")
+    ] = "",
+    disk: Annotated[
+        str, typer.Option("--disk", metavar="RATE", help="at which weights are read, such as 3GB/s [default: 1GB/s]")
+    ] = "",
+    download: Annotated[
+        str, typer.Option("--download", metavar="RATE", help="at which they are downloaded [default: 1Gbit/s]")
+    ] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle made before")] = False,
+    force: Annotated[bool, typer.Option("--force", help="write it though the plan does not fit")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be written")] = False,
+    json: Annotated[bool, typer.Option("--json", help="what was written, as JSON")] = False,
+) -> None:
+    from .deploy import deploy
+
+    raise typer.Exit(
+        deploy(
+            file, out, engine or None, calibration or None, disk or None, download or None,
+            overwrite, force, dry_run, json,
+        )
+    )  # fmt: skip
 
 
 def _verify(

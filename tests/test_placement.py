@@ -4,7 +4,9 @@ Rules: vLLM 0.32 `config/parallel.py`, `distributed/utils.py` (`get_pp_indices`)
 `arg_groups/`. The three cases of the 397B are the ones that its users ask about.
 """
 
+import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as some
 from qwenfit.planner import Request, plan
 from qwenfit.planner.engines import vllm
 from qwenfit.planner.plan import EnginePlan, Plan
+from qwenfit.planner.plan_file import read_plan
 from qwenfit.planner.weights import weight_table
 from qwenfit.profiles import model, weight_format
 from qwenfit.profiles.errors import BadInput, QwenfitError, Unsupported
@@ -208,6 +211,26 @@ def test_every_answer_is_one_that_the_engines_could_start(
     assert large.num_attention_heads % found.tp == large.linear_num_key_heads % found.tp == 0
     more = found.estimate.shortfall_bytes(16384, seqs + found.dp)
     assert found.shortfall_bytes <= more <= found.estimate.shortfall_bytes(32768, seqs + found.dp)
+
+
+@pytest.mark.parametrize(
+    ("box", "told"),
+    [
+        ("8xa100-80gb", {"nodes": 2}),
+        ("dgx-spark", {"nodes": 4, "tp": 4, "weights": "fp8", "kv_dtype": "fp8", "interconnect": "roce-100"}),
+        ("8xa100-80gb", {"nodes": 2, "engine": "sglang", "dp": 2}),
+        ("8xh100-sxm", {"ep": 8, "tp": 8}),
+        ("dgx-spark", {"nodes": 4, "engine": "llama.cpp"}),
+    ],
+)
+def test_a_plan_over_boxes_is_made_anew_from_its_file(box: str, told: dict[str, Any], tmp_path: Path) -> None:
+    made = answer(box, **{"engine": "vllm", "ctx_tokens": 65536, **told})
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(made.to_json()))
+    found = read_plan(str(file)).plan
+    assert sizes(found) == sizes(made.best) and found.nodes == made.best.nodes
+    assert found.command == made.best.command and found.detail == made.best.detail
+    assert (found.setup.interconnect is None) == (made.best.setup.interconnect is None)
 
 
 def test_the_cpu_backend_stays_in_one_box() -> None:
