@@ -2,7 +2,7 @@
 option of a shell block exists, and no link leads nowhere. QWENFIT_WRITE_GOLDEN=1 pastes the answers of today.
 
 What differs from machine to machine (probe, verify, measurements) is shown with `$` too, on the pages named in
-`OF_ONE_MACHINE`: there the options are checked and the output is not. docs/receipts.md has a test of its own.
+`OF_ONE_MACHINE`: there the options are checked and the output is not. The pages of `TESTED_APART` have tests of their own.
 """
 
 import os
@@ -18,7 +18,8 @@ from qwenfit.cli import quant as qwen_quant
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-OF_ONE_MACHINE = {"probe.md", "verify.md", "cpu.md", "quantization.md", "serve.md", "receipts.md", "accuracy.md"}
+OF_ONE_MACHINE = {"probe.md", "verify.md", "cpu.md", "quantization.md", "serve.md", "accuracy.md"}
+TESTED_APART = {"receipts.md", "deploy.md", "nodes.md"}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANSWER = re.compile(r"^```\n\$ (qwen-plan [^\n]+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMANDS = {"qwen-plan": qwen_plan.main, "qwen-quant": qwen_quant.main}
@@ -29,7 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in OF_ONE_MACHINE], ids=lambda page: page.name
+    "page", [page for page in PAGES if page.name not in OF_ONE_MACHINE | TESTED_APART], ids=lambda page: page.name
 )
 def test_answers_are_todays(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -49,7 +50,12 @@ def test_answers_are_todays(
 
 @pytest.mark.parametrize(
     ("page", "number"),
-    [(page, number) for page in PAGES for number in range(len(blocks(page, "python"))) if page.name != "receipts.md"],
+    [
+        (page, number)
+        for page in PAGES
+        for number in range(len(blocks(page, "python")))
+        if page.name not in TESTED_APART
+    ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_python_runs(page: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
