@@ -2,7 +2,7 @@
 option of a shell block exists, and no link leads nowhere. QWENFIT_WRITE_GOLDEN=1 pastes the answers of today.
 
 What differs from machine to machine (probe, verify, measurements) is shown with `$` too, on the pages named in
-`OF_ONE_MACHINE`: there the options are checked and the output is not. The pages of `TESTED_APART` have tests of their own.
+`OF_ONE_MACHINE`: there the options are checked and the output is not. Pages of `TESTED_APART` have tests of their own.
 """
 
 import os
