@@ -138,7 +138,8 @@ def _chosen(entries: list[_Entry], engine: str | None, where: str) -> _Entry:
     if not found:
         has = join_or([entry.engine for entry in entries])
         raise BadInput(
-            f"{where} has no plan for {quote(engine)}, but for {has}: give --engine {entries[0].engine}, or plan with --engine {name}"
+            f"{where} has no plan for {quote(engine)}, but for {has}: give --engine {entries[0].engine}, or plan with "
+            f"--engine {name}"
         )
     return found[0]
 

@@ -1,8 +1,8 @@
 """Requests to an engine that serves on this machine: random tokens in, tokens streamed out, the clock beside them.
 
 llama-server, vLLM and SGLang take lists of token numbers at /v1/completions (OpenAI's protocol) and stop early for
-nothing where `ignore_eos` is set; Ollama takes text at /api/generate. No proxy is asked and no redirection followed: the
-address is our own. What comes back is bounded in time and bytes.
+nothing where `ignore_eos` is set; Ollama takes text at /api/generate. No proxy is asked and no redirection followed:
+the address is our own. What comes back is bounded in time and bytes.
 """
 
 import json
@@ -199,12 +199,12 @@ def _openai_event(line: bytes) -> _Event:
     told = _object(line[5:])
     _refuse_error(told)
     choices, usage = told.get("choices"), told.get("usage")
-    has_choice = isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict)
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
     counts: Mapping[str, object] = usage if isinstance(usage, dict) else {}
     # A token may be half a character and bring no text yet. llama-server's last piece brings only the reason of the
     # end, vLLM's and SGLang's the last token too.
-    reason = choices[0].get("finish_reason") if has_choice else None
-    is_token = has_choice and (not reason or bool(choices[0].get("text")))
+    reason = choice.get("finish_reason") if choice else None
+    is_token = choice is not None and (not reason or bool(choice.get("text")))
     return _Event(is_token, bool(reason), _count(counts, "prompt_tokens"), _count(counts, "completion_tokens"))
 
 

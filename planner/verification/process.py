@@ -114,7 +114,7 @@ class OwnProcess:
         return self.status is None or bool(self.family())
 
     def family(self) -> frozenset[Kin]:
-        """Who is alive of its session and of what its session started, zombies left out. Empty where there is no /proc."""
+        """Who is alive of its session and of what that started, zombies left out. Empty where there is no /proc."""
         self._family = family(self.pid, self._family)
         return self._family
 
