@@ -66,6 +66,8 @@ def _check(told: Mapping[str, Any], output: str | None, receipt: str | None) -> 
         if not 0 < told[name] <= LONGEST_S:
             option = name.removesuffix("_s").replace("_", "-")
             raise BadInput(f"--{option} {told[name]:g}: give more than 0, and at most {LONGEST_S}")
+    if receipt and told["layers"]:
+        raise BadInput("--receipt and --layers: a receipt is planned anew as a whole model; leave one of them out")
     if told["log"] and os.path.lexists(told["log"]):
         raise BadInput(f"{told['log']} is there already: give --log another name, for a log is never overwritten")
     for path in (told["log"], output, receipt):

@@ -390,6 +390,10 @@ def test_native_runs_that_cannot_be(
         (("--steps", "300"), "a context of 256 tokens has no room for 300 steps: give --steps"),
         (("--port", "80"), "--binary and --port are for an engine"),
         (("--checkpoint", str(bench.gguf)), "the native runtime loads folders of safetensors"),
+        (
+            ("--layers", "4", "--receipt", "r.json"),
+            "--receipt and --layers: a receipt is planned anew as a whole model",
+        ),
         (("--layers", "3"), "3 layers of tiny_qwen3_5: give a multiple of 4, up to 4"),
     ):
         assert sentence in bench.refused(capsys, *more, plan=path)
