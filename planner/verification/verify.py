@@ -13,6 +13,7 @@ from ..logs.engine_log import EngineLog, read_log_file
 from ..plan import EnginePlan
 from ..plan_file import PlanFile
 from ..scores import score
+from ..speed import Interval
 from . import completions, native, servers
 from .completions import Answer
 from .process import MAX_OUTPUT_BYTES, OwnProcess
@@ -75,7 +76,7 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             return _verification(file, plan, asked, command, dead, (), process.peak_bytes, [])
         run = native.read_run(told, said, status, plan)
     rates = (
-        _rate("decode_tokens_per_s", plan, run.decode_tokens_per_s, run.depth_tokens, plan.seqs),
+        _accepting(_rate("decode_tokens_per_s", plan, run.decode_tokens_per_s, run.depth_tokens, plan.seqs), plan, run),
         _rate(
             "prefill_tokens_per_s",
             plan,
@@ -198,7 +199,10 @@ def _notes(whole: EnginePlan, plan: EnginePlan, run: native.NativeRun) -> list[s
             "no figure"
         )
     if plan.mtp:
-        notes.append(f"{run.accepted_per_step:.2f} tokens per step: drafts of random weights are rarely accepted")
+        notes.append(
+            f"{run.accepted_per_step:.2f} tokens per step were accepted, and the planned rate is one of as many: "
+            "drafts of random weights say nothing"
+        )
     return notes
 
 
@@ -208,6 +212,15 @@ def _rate(
     speed = at(plan, context, seqs)
     planned = getattr(speed.full, name) if speed else None
     return RateScore(name, planned, measured, context, seqs, is_estimated)
+
+
+def _accepting(rate: RateScore, plan: EnginePlan, run: native.NativeRun) -> RateScore:
+    """With drafts, what was planned at the acceptance that was measured: that of random weights says nothing."""
+    speed = at(plan, run.depth_tokens, plan.seqs)
+    if rate.planned is None or speed is None or speed.drafts is None:
+        return rate
+    share, planned = run.accepted_per_step / speed.drafts.tokens_per_pass, rate.planned
+    return replace(rate, planned=Interval(planned.low * share, planned.mid * share, planned.high * share))
 
 
 def _rates(plan: EnginePlan, answers: list[Answer]) -> tuple[RateScore, ...]:
