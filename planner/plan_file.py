@@ -137,7 +137,10 @@ def _chosen(entries: list[_Entry], engine: str | None, where: str) -> _Entry:
     found = [entry for entry in entries if entry.engine == name]
     if not found:
         has = join_or([entry.engine for entry in entries])
-        raise BadInput(f"{where} has no plan for {quote(engine)}, but for {has}: plan with --engine {name}")
+        raise BadInput(
+            f"{where} has no plan for {quote(engine)}, but for {has}: give --engine {entries[0].engine}, or plan with "
+            f"--engine {name}"
+        )
     return found[0]
 
 
