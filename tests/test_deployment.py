@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from qwenfit.cli.deploy import _text
@@ -88,6 +88,11 @@ def kubernetes_words(container: Mapping[str, Any], node: int) -> list[str]:
     return [re.sub(r"\$\$\(|\$\(([A-Z_]+)\)", one, text) for text in (*container["command"], *container["args"])]
 
 
+def called(found: Bundle, program: str) -> str:
+    """A program's name in the plan's line, from what its image calls it."""
+    return {there: name for name, there in found.service.programs.items()}.get(program, program)
+
+
 def lines(found: Bundle) -> list[list[str]]:
     """The plan's own words, box by box, without what stands before the program."""
     told = found.launch.plan.detail.get("node_commands", [found.launch.plan.command])
@@ -101,7 +106,7 @@ def test_compose_starts_the_plans_line(name: str) -> None:
     for node, wanted in enumerate(lines(found)):
         told = read(found, "compose.yaml" if node == 0 else f"compose.box-{node}.yaml")["services"]["engine"]
         words = [interpolated(text, {}) for text in (*told["entrypoint"], *told["command"])]
-        words[0] = words[0].rpartition("/")[2]
+        words[0] = called(found, words[0])
         extra = [*found.service.extra] if node == 0 else []
         if len(found.launch.boxes) > 1 and node == 0 and found.service.key_flag:
             extra += [found.service.key_flag, "<ENGINE_API_KEY>"]
@@ -137,7 +142,7 @@ def test_kubernetes_starts_the_plans_line(name: str) -> None:
         containers = [pod["spec"]["containers"][0] for pod in pods]
     for node, (container, own) in enumerate(zip(containers, wanted, strict=True)):
         words = kubernetes_words(container, node)
-        words[0] = words[0].rpartition("/")[2]
+        words[0] = called(found, words[0])
         assert words == own + (list(found.service.extra) if node == 0 else [])
 
 
@@ -255,6 +260,7 @@ NASTY = some.text(
 
 
 @given(NASTY)
+@example("%h $X ${Y} $(Z) \\ \" ' # {{a}} %%")
 def test_words_mean_themselves_to_every_reader(text: str) -> None:
     assert interpolated(yaml.safe_load(_text({"x": literal(text)}))["x"], {}) == text
     (again,) = shlex.split(word(text))
