@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
 from .experts import Method
+from .grid import NotFinite
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .layout import lay_out
@@ -36,6 +37,7 @@ from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
 from .solve import round_to_nearest
 from .source import Source, open_source
+from .tasks import one_ahead
 from .weights import Weights
 from .workers import Here, RayCluster, workers_at
 
@@ -174,19 +176,25 @@ class _Job:
             self.result.copy()
             self._save(recorder, journal, 0, streams)
         method = Method(str(self.recipe.method), self.result.scale_dtype, self.recipe.damping)
+        outside = [module for module in self.modules if module.layer is None]
+        inside = [] if streams else [m for n in range(first, self.configuration.num_layers) for m in self._layer(n)]
+        ahead = self._read_ahead([*inside, *outside])
         solver = LayerSolver(self.weights, recorder, self.schemes, method, workers)
         for number in range(first, self.configuration.num_layers):
-            modules = {module.leaf: module for module in self.modules if module.layer == number}
             if streams:
+                modules = {module.leaf: module for module in self._layer(number)}
                 originals = self.weights.layer(number)
                 layers = [DecoderLayer(originals, self.configuration, number) for _ in streams]
                 solver.solve_layer(layers, streams, modules)
             else:
-                self._round(modules.values(), recorder)
+                self._round(self._layer(number), recorder, ahead)
             recorder.layer_done(number)
             self._save(recorder, journal, number + 1, streams)
-        self._round([module for module in self.modules if module.layer is None], recorder)
+        self._round(outside, recorder, ahead)
         self.result.sync()
+
+    def _layer(self, number: int) -> list[Module]:
+        return [module for module in self.modules if module.layer == number]
 
     def spills(self, max_ram_bytes: int | None) -> bool:
         """Whether activations have to go to files; `BadInput` where even that is not enough."""
@@ -209,13 +217,25 @@ class _Job:
             )
         return fixed + activations > max_ram_bytes
 
-    def _round(self, modules: Iterable[Module], recorder: Recorder) -> None:
-        """To nearest, some rows at a time: a head has more of them than fit into memory twice."""
+    def _round(self, modules: Iterable[Module], recorder: Recorder, weights: Iterator[Tensor]) -> None:
+        """To nearest, some rows at a time: a head has more of them than fit into memory twice. weights: from
+        `_read_ahead`, the next of which are these modules'."""
         for module in modules:
             scheme, order = self.schemes[module.name], self.result.orders.get(module.name)
             for rows in self.result.row_blocks(module):
-                solved = round_to_nearest(self.weights.module(module, rows), scheme, self.result.scale_dtype, order)
+                try:
+                    solved = round_to_nearest(next(weights), scheme, self.result.scale_dtype, order)
+                except NotFinite:
+                    self.weights.module(module, rows)  # names the tensor
+                    raise
                 recorder.write(module, solved, rows.start)
+
+    def _read_ahead(self, modules: Iterable[Module]) -> Iterator[Tensor]:
+        """Every block of rows of these modules, read while the one before is rounded, which looks for NaN and Inf."""
+        blocks = ((module, rows) for module in modules for rows in self.result.row_blocks(module))
+        return one_ahead(
+            lambda block: self.weights.module(*block, is_checked=self.schemes[block[0].name].kind is not None), blocks
+        )
 
     def _streams(self, journal: Journal, layer: int, folder: str | None) -> list[Stream]:
         """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
