@@ -218,6 +218,22 @@ def test_what_the_network_between_boxes_reaches_asks_for_a_key() -> None:
     assert "ports" not in alone["engine"] and alone["gateway"]["ports"][0].startswith("${GATEWAY_ADDRESS:-127.0.0.1}")
 
 
+@pytest.mark.parametrize(("name", "port"), [("vllm", 8000), ("sglang", 30000), ("llama.cpp", 8080)])
+def test_prometheus_and_the_probes_ask_where_the_engine_answers(name: str, port: int) -> None:
+    """/metrics and /health: vllm 0.32 `entrypoints/serve/instrumentator`, sglang 0.5.23 `utils/common.py` and
+    `entrypoints/http_server.py` (metrics where --enable-metrics asks for them), llama.cpp b11434 `tools/server`."""
+    found = made(name)
+    (job,) = read(found, "prometheus.yaml")["scrape_configs"]
+    assert job["metrics_path"] == "/metrics" and job["static_configs"][0]["targets"] == [f"engine:{port}"]
+    container = read(found, "kubernetes/workload.yaml")["spec"]["template"]["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": port}]
+    assert container["startupProbe"]["httpGet"] == {"path": "/health", "port": "http"}
+    assert f"http://127.0.0.1:{port}/health" in str(read(found, "compose.yaml")["services"]["engine"]["healthcheck"])
+    (upstream,) = read(found, "gateway.yaml")["model_list"]
+    assert upstream["litellm_params"]["api_base"] == f"http://engine:{port}/v1"
+    assert "--enable-metrics" in found.service.extra or name != "sglang"
+
+
 def test_ray_gets_vllms_arguments_under_their_names() -> None:
     words = (
         "vllm", "serve", "m", "--max-model-len", "8192", "--no-enable-prefix-caching", "--kv-cache-dtype", "auto",
