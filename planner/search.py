@@ -236,7 +236,13 @@ def _wider_note(module: ModuleType, best: EnginePlan) -> tuple[str, ...]:
         return ()
     if setup.tp_nodes > 1 or not link.takes_tensor_parallelism or not module.ENGINE.replicates:
         return ()
-    wide = replace(setup, tp=setup.tp * setup.nodes, pp=setup.pp // setup.nodes)
+    from .placement import Placement, block_obstacle, expert_ranks
+
+    place = Placement(setup.tp * setup.nodes, setup.pp // setup.nodes, 1, setup.box_ranks)
+    experts = expert_ranks(setup.model, setup.weights, place, None)
+    if experts is None or block_obstacle(setup.model, setup.weights, place):
+        return ()
+    wide = replace(setup, tp=place.tp, pp=place.pp, ep=experts)
     try:
         other = EnginePlan(best.engine, wide, module.estimate(wide), best.ctx_tokens, best.seqs, (), None, best.prices)
         now, then = decode_tokens_per_s(best), decode_tokens_per_s(other)

@@ -166,6 +166,16 @@ def test_a_slow_link_is_not_offered_tensor_parallelism() -> None:
     assert any("slow for it" in warning for warning in asked.warnings)
 
 
+def test_nothing_is_told_that_would_be_refused() -> None:
+    """`--tp 16` of the 397B in FP8 is refused (its shared expert), in bf16 it is not."""
+    told = {
+        name: best("h100-sxm", 16, engine="vllm", weights=name, ctx_tokens=8192).warnings for name in ("fp8", "bf16")
+    }
+    assert not any("--tp 16" in warning for warning in told["fp8"])
+    assert any("--tp 16" in warning for warning in told["bf16"])
+    assert best("h100-sxm", 16, engine="vllm", weights="bf16", ctx_tokens=8192, tp=16).fits
+
+
 def test_advice_names_boxes_where_one_is_too_small() -> None:
     found = answer("8xa100-40gb", weights="bf16", engine="vllm")
     assert not found.fits
