@@ -117,7 +117,7 @@ def _escaped(word: str) -> str:
 
 def _container(launch: Launch, service: Service, arguments: list[str]) -> Document:
     program, *words = arguments
-    environment = [
+    environment: list[Document] = [
         {"name": name, "value": value} for name, value in {**launch.environment, **service.environment}.items()
     ]
     if not launch.local:

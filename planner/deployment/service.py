@@ -22,7 +22,7 @@ class Service:
     metrics_path: str
     extra: tuple[str, ...]  # words behind the plan's line
     environment: Mapping[str, str]
-    programs: Mapping[str, str]  # where the image keeps a program that is not on its PATH
+    programs: Mapping[str, str]  # where the image keeps a program, or what it calls it, where the line does not say so
     key_environment: str | None  # the variable that makes the engine ask for a key
     key_flag: str | None  # or the flag that does
     health: str  # what asks for the health inside the image: python3 or curl
