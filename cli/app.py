@@ -61,6 +61,7 @@ def build(answer: Answer) -> typer.Typer:
     app.command("calibrate", help="Refit the estimated constants from receipts.")(_calibrate)
     app.command("verify", help="Run a plan here, and set what it took beside what was planned.")(_verify)
     app.command("probe", help="Say what this machine is, measure it, and write it as a profile.")(_probe)
+    app.command("serve", help="Serve the planner as a web page and a JSON API, on this machine.")(_serve)
     return app
 
 
@@ -247,6 +248,23 @@ def _probe(
 
     chosen = _one_format(form, json, ("table", "json"), "a machine")
     raise typer.Exit(probe_machine(measure, output or None, overwrite, chosen))
+
+
+def _serve(
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: any that is free")] = 8035,
+    allow_auto: Annotated[
+        bool, typer.Option("--allow-auto", help="offer this machine as a device: whoever opens the page learns of it")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="another name under which the page may be asked for"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="say the address as JSON")] = False,
+) -> None:
+    from .serve import serve
+
+    serve(host, port, allow_auto, allow_host or [], json)
 
 
 def _one_format(form: str, json: bool, known: Sequence[str], what: str) -> str:

@@ -37,7 +37,7 @@ def list_models(wanted: str, form: str) -> None:
     found = [one for one in models() if _has(wanted, one.name, one.repo, one.architecture)]
     titles = ("name", "repository", "parameters", "checkpoint", "KV per token", "state per sequence", "context")
     rows = [_model_row(one) for one in found]
-    _show(Catalog("models", titles, rows, (2, 3, 4, 5, 6), [_model_record(one) for one in found]), wanted, form)
+    _show(Catalog("models", titles, rows, (2, 3, 4, 5, 6), [model_record(one) for one in found]), wanted, form)
 
 
 def kv_bytes_per_token(model: Model) -> int:
@@ -110,7 +110,8 @@ def _model_row(model: Model) -> tuple[str, ...]:
     )
 
 
-def _model_record(model: Model) -> dict[str, object]:
+def model_record(model: Model) -> dict[str, object]:
+    """What a plan depends on, as JSON."""
     return {
         "name": model.name,
         "repo": model.repo,

@@ -46,6 +46,12 @@ def weights() -> Names:
     return ((known.name, known.title) for known in catalog())
 
 
+def interconnects() -> Names:
+    from ..profiles.interconnect import interconnects as catalog
+
+    return ((row["name"], row["title"]) for row in catalog())
+
+
 def formats() -> Names:
     return ((name, "") for name in FORMATS)
 
@@ -57,6 +63,7 @@ LISTS: dict[str, Callable[[], Names]] = {
     "weights": weights,
     "kv_dtypes": kv_dtypes,
     "state_dtypes": state_dtypes,
+    "interconnects": interconnects,
     "formats": formats,
 }
 

@@ -27,7 +27,14 @@ def markdown(plan: Plan, notes: tuple[str, ...] = ()) -> str:
     lines += _section("Energy and money", list(phrases.costs(best)))
     lines += _section("Warnings", best.warnings)
     lines += _section("What to change", [_advice(one.change, one.fits, one.effect) for one in plan.advice])
-    lines += ["Launch it with:" if plan.fits else "This would run out of memory:", "", *_fenced(best.command), ""]
+    lines += [
+        "Launch it with:" if plan.fits else "This would run out of memory:",
+        "",
+        *_fenced(best.command),
+        "",
+    ]
+    for node, line in enumerate(phrases.launches(best)[1:], 1):
+        lines += [f"and in box {node}:", "", *_fenced(line), ""]
     others = [phrases.runner_up(other) for other in plan.plans[1:] if other.fits]
     if others:
         lines += ["**Also fits**", "", *grid(phrases.RUNNER_UP_TITLES, others, right=(3, 4, 5, 6)), ""]

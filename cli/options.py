@@ -187,6 +187,30 @@ OPTIONS = (
     ),
     Option("tp", ("--tp",), "tensor-parallel size [default: chosen]", "N", parse_count),
     Option("pp", ("--pp",), "pipeline-parallel size [default: chosen]", "N", parse_count),
+    Option("nodes", ("--nodes",), "boxes like the one that --gpu names [default: 1]", "N", parse_count),
+    Option(
+        "interconnect",
+        ("--interconnect",),
+        "between boxes: ib-ndr, 8xib-ndr, roce-200, cx7-200, ethernet-10 ..., or a rate such as 25GB/s or 200Gbit/s "
+        "[default: what such boxes are sold with]",
+        "LINK",
+        parse_name,
+        completes="interconnects",
+    ),
+    Option(
+        "dp",
+        ("--dp",),
+        "data-parallel replicas; those of a mixture share the experts [default: chosen]",
+        "N",
+        parse_count,
+    ),
+    Option(
+        "ep",
+        ("--ep",),
+        "ranks that whole experts are dealt out to: tp x dp, or 1 to cut each [default: chosen]",
+        "N",
+        parse_count,
+    ),
     Option(
         "gpu_memory_utilization",
         ("--gpu-memory-utilization",),

@@ -37,10 +37,12 @@ def verdict(plan: Plan) -> str:
 
 def question(plan: Plan) -> str:
     request = plan.request
-    names = [device.name for device in plan.devices]
+    names = [device.name for device in plan.devices[: len(plan.devices) // request.nodes]]
     devices = ", ".join(
         f"{names.count(name)}x{name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
     )
+    if request.nodes > 1:
+        devices = f"{request.nodes} boxes of {devices}"
     return f"{plan.model.name} on {devices}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
 
 
@@ -55,6 +57,12 @@ def setup(plan: EnginePlan) -> str:
         words.append(f"tensor parallel {plan.tp}")
     if plan.pp > 1:
         words.append(f"split by layers over {plan.pp}" if plan.tp == 1 else f"pipeline parallel {plan.pp}")
+    if plan.dp > 1:
+        words.append(f"data parallel {plan.dp}")
+    if plan.ep > 1:
+        words.append(f"experts over {plan.ep} ranks")
+    if plan.nodes > 1 and plan.setup.interconnect:
+        words.append(f"{plan.nodes} boxes over {plan.setup.interconnect.name}")
     if plan.mtp:
         words.append(counted(plan.mtp, "draft token"))
     words.append("with vision" if plan.vision else "text only")
@@ -204,6 +212,12 @@ def seconds(value: float) -> str:
 
 def usd(value: float) -> str:
     return f"{value:,.2f} USD" if value >= 0.1 else f"{value:.2g} USD"
+
+
+def launches(plan: EnginePlan) -> tuple[str, ...]:
+    """The launch line of each box, the one that serves first."""
+    found = plan.detail.get("node_commands")
+    return tuple(map(str, found)) if isinstance(found, list) else (plan.command,)
 
 
 def runner_up(plan: EnginePlan) -> tuple[str, ...]:

@@ -59,12 +59,12 @@ def answer(found: Report) -> list[str]:
     """What somebody reads who reads nothing else."""
     question, load = found.question, found.question.workload
     asked = f"{load.users:,} users" if load.users is not None else f"{load.rate_per_s:,.6g} requests a second"
-    who = " and ".join(f"{kind.replicas:,} x {kind.replica.devices}" for kind in found.kinds)
+    who = " and ".join(f"{kind.replicas:,} x {kind.replica.title}" for kind in found.kinds)
     verb = "serve" if sum(kind.replicas for kind in found.kinds) > 1 else "serves"
     told = [f"{who} {verb if found.holds else 'cannot serve'} {asked} of {found.model} as promised."]
     told += [f"{'Why' if place == 0 else 'And'}: {reason}." for place, reason in enumerate(found.failures)]
     for kind in found.kinds:
-        seen, name = kind.measured, f"{kind.replica.devices}: " if len(found.kinds) > 1 else ""
+        seen, name = kind.measured, f"{kind.replica.title}: " if len(found.kinds) > 1 else ""
         told.append(
             f"{name}95 % of the requests have their first token within {seconds(seen.p95_ttft_s)}"
             f"{_promised(load.targets.p95_ttft_s)}, and {seconds(seen.p95_tpot_s)} per token after it"
@@ -87,16 +87,16 @@ def _fewest(kind: Kind) -> str:
     fewest, slow = kind.fewest, kind.fewest_slow
     assert fewest is not None and slow is not None
     if not fewest.replicas:
-        return f"No number of {kind.replica.devices} keeps the promises: {fewest.reasons[0]}."
+        return f"No number of {kind.replica.title} keeps the promises: {fewest.reasons[0]}."
     if not slow.replicas:
         return (
-            f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.devices}; at the cautious end of "
+            f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.title}; at the cautious end of "
             "the interval no number does."
         )
     if slow.replicas == fewest.replicas:
-        return f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.devices}."
+        return f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.title}."
     return (
-        f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.devices}, or {slow.replicas:,} at the "
+        f"The fewest that keep the promises: {fewest.replicas:,} x {kind.replica.title}, or {slow.replicas:,} at the "
         "cautious end of the interval."
     )
 
@@ -114,9 +114,9 @@ def _latency(found: Report) -> Section:
                 ("of that, waiting for a seat", seen.wait_s),
             )
         ]
-        tables.append(Table((f"{kind.replica.devices}", "p50", "p90", "p95", "p99"), rows, (1, 2, 3, 4)))
+        tables.append(Table((f"{kind.replica.title}", "p50", "p90", "p95", "p99"), rows, (1, 2, 3, 4)))
         says.append(
-            f"{kind.replicas:,} x {kind.replica.devices} ({setup(kind.replica)}): each replica runs "
+            f"{kind.replicas:,} x {kind.replica.title} ({setup(kind.replica)}): each replica runs "
             f"{seen.mean_running:.1f} of its {seen.seats:,} seats on average, is busy {seen.utilization:.0%} of the "
             f"time, gives out {seen.decode_tokens_per_s:,.0f} tokens/s, had at most {seen.peak_waiting:,} waiting, "
             f"and preempted {seen.preemptions:,} times in {seen.requests:,} simulated requests."
@@ -128,7 +128,7 @@ def _latency(found: Report) -> Section:
 def _breaking(found: Report) -> Section:
     says = []
     for kind in found.kinds:
-        breaking, name = kind.breaking, f"{kind.replica.devices}: " if len(found.kinds) > 1 else ""
+        breaking, name = kind.breaking, f"{kind.replica.title}: " if len(found.kinds) > 1 else ""
         if breaking.factor >= 1e6:
             says.append(f"{name}{breaking.cause}.")
         elif breaking.factor <= 0:
@@ -179,7 +179,7 @@ def _throughput(found: Report, widths: tuple[Width, ...]) -> Section:
         for point in widths
     ]
     says = [
-        f"One replica of {found.kinds[0].replica.devices} that only decodes, every sequence at the mean length of "
+        f"One replica of {found.kinds[0].replica.title} that only decodes, every sequence at the mean length of "
         f"{found.mean_tokens:,} tokens."
     ]
     titles = ("sequences", "tokens/s of all", "cautious", "tokens/s of each")
@@ -258,7 +258,7 @@ def _what_ifs(found: Report, what_ifs: tuple[WhatIf, ...]) -> Section:
     ]
     kind = found.kinds[0]
     says = [
-        f"One change at a time to {kind.replicas:,} x {kind.replica.devices}, and the fewest replicas that would then "
+        f"One change at a time to {kind.replicas:,} x {kind.replica.title}, and the fewest replicas that would then "
         "keep the promises."
     ]
     titles = ("change", "p95 first token", "p95 per token", "as promised", "fewest", "why none")

@@ -48,10 +48,10 @@ Paint = Callable[[str, str], str]
 def table(plan: Plan, screen: Screen, notes: tuple[str, ...] = ()) -> str:
     """The whole answer, in lines of `screen.width` columns; only the launch line is as long as it has to be."""
     paint = _painted if screen.color else _unpainted
-    launch = [
-        paint("heading", "Launch it with" if plan.fits else "This would run out of memory"),
-        clean(plan.best.command),
-    ]
+    lines = phrases.launches(plan.best)
+    launch = [paint("heading", "Launch it with" if plan.fits else "This would run out of memory"), clean(lines[0])]
+    for node, line in enumerate(lines[1:], 1):
+        launch += [f"and in box {node}", clean(line)]
     advice = _advice(plan, screen, paint)
     sections = (
         _head(plan, screen, notes, paint),

@@ -12,12 +12,14 @@ from ..planner.tokens import parse_tokens
 from ..planner.workload import Images, Lengths, Part, Prefix, Targets, Workload, check, lognormal
 from ..profiles.box import devices_of
 from ..profiles.errors import BadInput, QwenfitError
+from ..profiles.interconnect import interconnect
 from ..profiles.model_catalog import model
 from ..profiles.yaml_file import Document, read_yaml
 from .matrix_file import Names, Word, listed, read_with
 from .options import parse_image
 
 Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=1_010_000)]
+Parallel = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Dollars = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -93,6 +95,12 @@ class ReportKeys(_Strict):
     kv_dtype: Word | None = None
     state_dtype: Literal["float32", "bfloat16"] | None = None
     ctx_tokens: Tokens | None = None
+    tp: Parallel | None = None
+    pp: Parallel | None = None
+    dp: Parallel | None = None
+    ep: Parallel | None = None
+    nodes: Annotated[int, Field(ge=1, le=128)] = 1  # boxes like `devices` that make one replica
+    interconnect: Word | None = None
     deployment: Annotated[list[SiteKeys], BeforeValidator(listed), Field(min_length=1, max_length=20)]
     candidates: Names | None = None
     workload: WorkloadKeys
@@ -112,6 +120,11 @@ def read_workload(path: str) -> Question:
     if len(set(candidates)) != len(candidates):
         raise document.error(("candidates",), "a candidate is named twice: keep one of them")
     _known(document, ("model",), lambda: model(keys.model))
+    if keys.interconnect:
+        link = keys.interconnect
+        _known(document, ("interconnect",), lambda: interconnect(link))
+        if keys.nodes == 1:
+            raise document.error(("interconnect",), "an interconnect lies between boxes: give nodes too")
     longest = load.max_request_tokens
     if keys.ctx_tokens is not None and keys.ctx_tokens < longest:
         raise document.error(
@@ -125,6 +138,12 @@ def read_workload(path: str) -> Question:
         kv_dtype=keys.kv_dtype,
         state_dtype=keys.state_dtype,
         vision=bool(load.images),
+        tp=keys.tp,
+        pp=keys.pp,
+        dp=keys.dp,
+        ep=keys.ep,
+        nodes=keys.nodes,
+        interconnect=keys.interconnect,
     )
     prices = _prices(document, keys.money)
     return Question(

@@ -12,6 +12,7 @@ from .search import search, variant
 
 GIB = 1 << 30
 MAX_WEIGHT_CHANGES = 3
+NUMBERS_OF_BOXES = (2, 3, 4, 8, 16)
 
 
 def advise(answer: Plan) -> tuple[Advice, ...]:
@@ -30,7 +31,7 @@ def advise(answer: Plan) -> tuple[Advice, ...]:
             found.setdefault(change, Advice(change, changed.fits, _effect(best, changed, saves), saves))
     by_saving = sorted(found.values(), key=lambda one: -one.saves_bytes)
     enough = [one for one in by_saving if one.fits] + _smaller_asks(best)
-    larger = _smallest_device(answer)
+    larger = _smallest_device(answer) or _fewest_boxes(answer)
     if larger:
         enough.append(larger)
     return tuple(enough + [one for one in by_saving if not one.fits])
@@ -132,6 +133,29 @@ def _smallest_device(answer: Plan) -> Advice | None:
             saves = best.shortfall_bytes - changed.shortfall_bytes
             room = f"{_gib(device.usable_bytes)} usable, {_gib(-changed.shortfall_bytes)} to spare"
             return Advice(f"on {device.title} ({device.name})", True, room, saves)
+    return None
+
+
+def _fewest_boxes(answer: Plan) -> Advice | None:
+    """The fewest boxes of the same kind on which the same weights and cache fit, where one device alone never would."""
+    best, asked = answer.best, answer.request
+    request = pinned(answer, best)
+    if not engine_module(best.engine).ENGINE.spans_boxes:
+        request = variant(request, engine=None)
+    for nodes in NUMBERS_OF_BOXES:
+        if nodes <= asked.nodes:
+            continue
+        try:
+            changed = search(variant(request, nodes=nodes, tp=None, pp=None, dp=None, ep=None)).best
+        except QwenfitError:
+            continue
+        if changed.fits and not changed.tight:
+            saves = best.shortfall_bytes - changed.shortfall_bytes
+            sizes = f"tp {changed.tp}, pp {changed.pp}" + (f", dp {changed.dp}" if changed.dp > 1 else "")
+            link = changed.setup.interconnect
+            over = f" over {link.name}" if link else ""
+            effect = f"{changed.engine}, {sizes}{over}: {_gib(-changed.shortfall_bytes)} to spare"
+            return Advice(f"on {nodes} such boxes (--nodes {nodes})", True, effect, saves)
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..profiles.device import Device
 from ..profiles.errors import UnknownName, Unsupported
@@ -17,6 +18,9 @@ from .engines.engine import Engine, Estimate, Setup
 from .engines.versions import release
 from .quality import divergence
 from .request import Options
+
+if TYPE_CHECKING:
+    from .placement import Spread
 
 ENGINE_MODULES = {
     "vllm": "vllm",
@@ -95,12 +99,18 @@ def candidates(
     tp: int | None,
     pp: int | None,
     options: Options,
+    spread: "Spread | None" = None,
 ) -> Candidates:
-    """What an engine offers for a model on devices; None stands for whatever the engine takes.
+    """What an engine offers for a model on devices; None stands for whatever the engine takes. With a `spread` the
+    devices are those of one box of several, or carry replicas.
 
     Raises UnknownName for a weight format that does not exist.
     """
     refusal = _refusal(module.ENGINE, model, mtp, vision, tp)
+    if spread is not None:
+        from .placement import refusal as spread_refusal
+
+        refusal = refusal or spread_refusal(module.ENGINE, model, spread)
     refusal = refusal or _first(module.runs_on(device, version) for device in dict.fromkeys(devices))
     if refusal:
         return Candidates(module.estimate, [], refusal)
@@ -116,6 +126,11 @@ def candidates(
         kv_dtypes = kv_dtypes[:1] if kv_dtype == "auto" else (kv_dtype,)
     pairs = [(fmt, own) for fmt in formats for own in kv_dtypes]
     pairs.sort(key=lambda pair: divergence(pair[0].divergence, pair[1], state_dtype))
+    if spread is not None:
+        setups, why = _spread_setups(
+            module, version, model, devices, pairs, state_dtype, mtp, vision, tp, pp, options, spread
+        )
+        return Candidates(module.estimate, setups, refusal or why)
     places = list(_placements(module.ENGINE, model, len(devices), tp, pp))
     setups = [
         Setup(model, fmt, devices[: ranks * stages], version, own, state_dtype, ranks, stages, mtp, vision, options)
@@ -123,6 +138,38 @@ def candidates(
         for ranks, stages in places
     ]
     return Candidates(module.estimate, setups, refusal)
+
+
+def _spread_setups(
+    module: ModuleType, version: str, model: Model, box: tuple[Device, ...], pairs: list[tuple[WeightFormat, str]],
+    state_dtype: str, mtp: int, vision: bool, tp: int | None, pp: int | None, options: Options, spread: "Spread",
+) -> tuple[list[Setup], str | None]:  # fmt: skip
+    """Setups over several boxes or replicas, and the first reason why a format is not among them."""
+    from .placement import block_obstacle, expert_ranks, placements
+
+    setups: list[Setup] = []
+    refusal: str | None = None
+    places = placements(module.ENGINE, model, len(box), spread, tp, pp)
+    for fmt, kv_dtype in pairs:
+        for place in places:
+            obstacle = block_obstacle(model, fmt, place)
+            if obstacle is not None:
+                refusal = refusal or obstacle
+                continue
+            ranks = expert_ranks(model, fmt, place, spread.ep)
+            if ranks is None:
+                refusal = refusal or (
+                    f"ep of {spread.ep}: whole experts lie on all tp x dp ranks of a stage, such as "
+                    f"{place.tp * place.dp}; 1 cuts each of them"
+                )
+                continue
+            setups.append(
+                Setup(
+                    model, fmt, box[: place.box_ranks] * spread.nodes, version, kv_dtype, state_dtype,
+                    place.tp, place.pp, mtp, vision, options, place.dp, ranks, spread.nodes, spread.interconnect,
+                )
+            )  # fmt: skip
+    return setups, refusal
 
 
 def _refusal(engine: Engine, model: Model, mtp: int, vision: bool, tp: int | None) -> str | None:

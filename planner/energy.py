@@ -123,8 +123,14 @@ def _watts(plan: "EnginePlan", prices: Prices) -> Interval | None:
     line = published()["power"]
     parts = step_time(plan).constituents(0, 0, plan.seqs, plan.seqs * min(plan.ctx_tokens, 2048))
     busy = 1 - sum(parts[name] for name in WAITING) / sum(parts.values())
-    mid = board_w * (line["floor"] + line["span"] * busy) / plan.pp  # stages take turns
+    mid = board_w * (line["floor"] + line["span"] * busy) / _turns(plan)
     return Interval(mid * line["low"], mid, min(board_w, mid * line["high"]))
+
+
+def _turns(plan: "EnginePlan") -> float:
+    """Devices for each that works: stages take turns, except where several sequences keep several of them busy."""
+    pipelined = step_time(plan).stages
+    return plan.pp / min(pipelined, max(1, plan.seqs // plan.dp))
 
 
 def _api(prices: Prices) -> tuple[float, float]:

@@ -85,6 +85,18 @@ class EnginePlan:
         return self.setup.pp
 
     @property
+    def dp(self) -> int:
+        return self.setup.dp
+
+    @property
+    def ep(self) -> int:
+        return self.setup.ep
+
+    @property
+    def nodes(self) -> int:
+        return self.setup.nodes
+
+    @property
     def mtp(self) -> int:
         return self.setup.mtp
 
@@ -184,6 +196,9 @@ class EnginePlan:
             "state_dtype": self.state_dtype,
             "tp": self.tp,
             "pp": self.pp,
+            "dp": self.dp,
+            "ep": self.ep,
+            "nodes": self.nodes,
             "mtp": self.mtp,
             "vision": self.vision,
             "fits": self.fits,
@@ -313,6 +328,10 @@ def _request_json(plan: Plan) -> dict[str, object]:
         "vision": best.vision,
         "tp": request.tp,
         "pp": request.pp,
+        "nodes": request.nodes,
+        "dp": request.dp,
+        "ep": request.ep,
+        "interconnect": best.setup.interconnect.name if best.setup.interconnect else None,
         "options": {
             **{name: getattr(options, name) for name in options.__slots__ if name != "calibration"},
             **({"calibration": options.calibration.name} if options.calibration else {}),

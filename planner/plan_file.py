@@ -47,6 +47,8 @@ class _Request(_Open):
     devices: Annotated[list[Name], Field(min_length=1, max_length=1024)]
     ctx_tokens: Annotated[int, Field(ge=1, le=10_000_000)]
     seqs: Annotated[int, Field(ge=1, le=1_000_000)]
+    nodes: Annotated[int, Field(ge=1, le=128)] = 1  # boxes that `devices` are dealt out to
+    interconnect: Name | None = None
     options: _AskedOptions
 
 
@@ -102,9 +104,14 @@ def read_plan(path: str, engine: str | None = None, calibration: Calibration | N
     if calibrated and calibration is None:
         raise BadInput(f"{where} was planned with the calibration {quote(calibrated)}: give --calibration again")
     devices = _devices(document)
+    box, rest = divmod(len(devices), document.request.nodes)
+    if rest:
+        raise BadInput(
+            f"{where} has {len(devices)} devices in {document.request.nodes} boxes, which is not even; {AGAIN}"
+        )
     request = _request(document.request, entry, document.plans[place], calibration)
     try:
-        plan = search(request, devices=devices).best
+        plan = search(request, devices=devices[:box]).best
     except QwenfitError as error:
         raise BadInput(f"{where} cannot be planned anew: {error}") from None
     _compare(plan, entry, where)
@@ -159,7 +166,7 @@ def _request(asked: _Request, entry: _Entry, raw: dict[str, Any], calibration: C
     }
     return Request(
         model=asked.model_path or asked.model,
-        devices=tuple(asked.devices),
+        devices=tuple(asked.devices[: len(asked.devices) // asked.nodes]),
         ctx_tokens=asked.ctx_tokens,
         seqs=asked.seqs,
         engine=f"{entry.engine}@{entry.engine_version}",
@@ -168,6 +175,7 @@ def _request(asked: _Request, entry: _Entry, raw: dict[str, Any], calibration: C
         state_dtype=entry.state_dtype,
         mtp=entry.mtp,
         vision=entry.vision,
+        interconnect=asked.interconnect,
         options=replace(Options(**entry.options.model_dump()), calibration=calibration),
         **ranks,
     )

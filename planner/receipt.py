@@ -15,7 +15,7 @@ from ..profiles.errors import BadInput, UnknownName, Unsupported
 from ..profiles.formats import weight_format
 from ..profiles.frozen import dataclass, fields, replace
 from ..profiles.model_catalog import model, models
-from .candidates import candidates, engine_module
+from .candidates import engine_module
 from .documents import device_json, options_json
 from .engines.sglang_pool import SLOTS_PER_REQUEST
 from .engines.versions import release
@@ -25,6 +25,7 @@ from .logs.redaction import redact
 from .plan import EnginePlan
 from .request import Request
 from .scores import PartScore, score
+from .search import search
 
 SCHEMA = 1
 _FILE_TYPE = re.compile(r"(?i)(?:^|[-_.])(?:ud-)?((?:iq|q)\d(?:_[a-z0-9]{1,3}){1,2}|bf16|f16|q8_0)(?=[-_.]|$)")
@@ -117,6 +118,10 @@ def receipt(plan: EnginePlan, log: EngineLog, date: str, qwenfit: str, source: s
         vision=setup.vision,
         tp=setup.tp,
         pp=setup.pp,
+        nodes=setup.nodes,
+        dp=setup.dp,
+        ep=setup.ep,
+        interconnect=setup.interconnect.name if setup.interconnect else None,
         options=replace(setup.options, calibration=None),
     )
     told = source if source is None or source.startswith(("http://", "https://")) else redact(source)
@@ -127,28 +132,11 @@ def replan(made: Receipt, calibration: Any = None) -> EnginePlan | None:
     """The receipt's plan by today's rules, with a calibration or without. None where its model was a file, or an
     engine no longer takes what it took."""
     request = made.request
-    name, _, version = (request.engine or "").partition("@")
+    box = made.devices[: len(made.devices) // request.nodes]
     try:
-        asked_model = model(request.model)
-        module = engine_module(name)
-        offered = candidates(
-            module,
-            version,
-            asked_model,
-            made.devices,
-            request.weights,
-            request.kv_dtype,
-            request.state_dtype or "float32",
-            request.mtp,
-            bool(request.vision),
-            request.tp,
-            request.pp,
-            replace(request.options, calibration=calibration),
-        )
-        setup, estimate = next(iter(offered))
-    except (BadInput, UnknownName, Unsupported, StopIteration):
+        return search(replace(request, options=replace(request.options, calibration=calibration)), devices=box).best
+    except (BadInput, UnknownName, Unsupported):
         return None
-    return EnginePlan(name, setup, estimate, request.ctx_tokens, request.seqs)
 
 
 def rescored(made: Receipt, calibration: Any = None) -> tuple[PartScore, ...] | None:

@@ -60,6 +60,10 @@ class _Request(_Strict):
     vision: bool | None
     tp: Annotated[int, Field(ge=1, le=1024)] | None
     pp: Annotated[int, Field(ge=1, le=1024)] | None
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    dp: Annotated[int, Field(ge=1, le=1024)] | None = None
+    ep: Annotated[int, Field(ge=1, le=1024)] | None = None
+    interconnect: Name | None = None
     options: CheckedOptions
 
 

@@ -33,6 +33,12 @@ class Replica:
     command: str
 
     @property
+    def title(self) -> str:
+        """What makes one replica, in words."""
+        nodes = self.plan.nodes
+        return f"({nodes} boxes of {self.devices})" if nodes > 1 else self.devices
+
+    @property
     def device_count(self) -> int:
         return len(self.plan.setup.devices)
 
@@ -53,16 +59,18 @@ def replica(devices: str, plan: EnginePlan, step: Step, mean_tokens: int, seats:
 
     `seats` fixes the number of sequences; otherwise it is the most that fit, up to the engine's usual one.
     """
-    estimate, ctx_tokens = plan.estimate, plan.ctx_tokens
+    estimate, ctx_tokens, dp = plan.estimate, plan.ctx_tokens, plan.dp
 
     def at_tokens(number: int) -> int:
         """What each of them must have room for. Together they share a pool that the longest request must fit too."""
-        return max(1, mean_tokens, -(-ctx_tokens // number)) if plan.engine in POOLED else ctx_tokens
+        return max(1, mean_tokens, -(-ctx_tokens * dp // number)) if plan.engine in POOLED else ctx_tokens
 
     if seats is None:
-        seats = _most(lambda number: estimate.shortfall_bytes(at_tokens(number), number) <= 0, MAX_SEATS[plan.engine])
+        seats = _most(
+            lambda number: estimate.shortfall_bytes(at_tokens(number), number) <= 0, dp * MAX_SEATS[plan.engine]
+        )
     detail: Mapping[str, Any] = estimate.allocate(at_tokens(seats), seats).detail
-    limits, reuse = _limits(plan.engine, detail, seats, at_tokens(seats))
+    limits, reuse = _limits(plan.engine, detail, seats, at_tokens(seats), dp)
     return Replica(devices, plan, step, limits, reuse, _command(plan, detail, seats))
 
 
@@ -77,17 +85,19 @@ def _command(plan: EnginePlan, detail: Mapping[str, Any], seats: int) -> str:
     return module.estimate(replace(plan.setup, options=options)).command(plan.ctx_tokens, seats)
 
 
-def _limits(engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int) -> tuple[Limits, int]:
-    """The engine's own words as limits, and the grain of prefix reuse in tokens."""
+def _limits(engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int, dp: int) -> tuple[Limits, int]:
+    """The engine's own words as limits, and the grain of prefix reuse in tokens. The words are those of one of `dp`
+    replicas inside, which together are taken for one pool: requests are dealt out evenly."""
     if engine == "vllm":
         block = int(detail["block_tokens"])
         state = int(detail["blocks_per_request"]) - -(-ctx_tokens // block)
         # One block is vLLM's null block; states are cached at the ends of blocks, so reuse is in whole ones.
-        limits = Limits(seats, int(detail["max_num_batched_tokens"]), block, int(detail["num_blocks"]) - 1, state)
+        blocks = dp * (int(detail["num_blocks"]) - 1)
+        limits = Limits(seats, dp * int(detail["max_num_batched_tokens"]), block, blocks, state)
         return limits, block if detail["mamba_cache_mode"] == "align" else 0
     if engine == "sglang":
-        tokens, page = int(detail["max_total_num_tokens"]), int(detail["page_size"])
-        chunk = int(detail["chunked_prefill_size"])
+        tokens, page = dp * int(detail["max_total_num_tokens"]), int(detail["page_size"])
+        chunk = dp * int(detail["chunked_prefill_size"])
         return Limits(seats, chunk + seats, page, tokens // page), page
     # llama-server cannot roll a recurrent state back to where another request branched off: nothing is shared.
     return Limits(seats, LLAMA_BATCH_TOKENS), 0

@@ -182,7 +182,7 @@ def _kind(question: Question, one: Replica, count: int, share: float, fewest: Si
 def _failures(question: Question, kinds: tuple[Kind, ...], figures: Callable[[Kind], Measured]) -> tuple[str, ...]:
     found = []
     for kind in kinds:
-        prefix = f"{kind.replica.devices}: " if len(kinds) > 1 else ""
+        prefix = f"{kind.replica.title}: " if len(kinds) > 1 else ""
         found += [prefix + reason for reason in broken(figures(kind), question.workload)]
     return tuple(found)
 
@@ -221,6 +221,10 @@ def _candidate(question: Question, devices: str, mean: int, search: Search) -> C
 def setup(one: Replica) -> str:
     plan = one.plan
     split = f", tensor parallel {plan.tp}" if plan.tp > 1 else f", over {plan.pp} devices" if plan.pp > 1 else ""
+    split += f", pipeline parallel {plan.pp}" if plan.tp > 1 and plan.pp > 1 else ""
+    split += f", data parallel {plan.dp}" if plan.dp > 1 else ""
+    split += f", experts over {plan.ep} ranks" if plan.ep > 1 else ""
+    split += f", {plan.nodes} boxes over {plan.setup.interconnect.name}" if plan.setup.interconnect else ""
     return f"{plan.engine} {plan.engine_version}, {plan.weights}, KV cache {plan.kv_dtype}{split}"
 
 
@@ -237,14 +241,14 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
         one, plan = kind.replica, kind.replica.plan
         decode, prefill = (exp(width) for width in widths(replace(plan, seqs=one.limits.max_num_seqs)))
         told += [
-            (f"speed of {one.devices}, decode", f"x {1 / decode:.2f} to x {decode:.2f}", basis(plan)),
-            (f"speed of {one.devices}, prefill", f"x {1 / prefill:.2f} to x {prefill:.2f}", basis(plan)),
+            (f"speed of {one.title}, decode", f"x {1 / decode:.2f} to x {decode:.2f}", basis(plan)),
+            (f"speed of {one.title}, prefill", f"x {1 / prefill:.2f} to x {prefill:.2f}", basis(plan)),
             (
-                f"{one.devices}: seats, tokens per step, blocks",
+                f"{one.title}: seats, tokens per step, blocks",
                 _limits_told(one.limits),
                 f"{setup(one)}: {one.command}",
             ),
-            (f"{one.devices}: prefix reuse", _reuse_told(one), "the engine's cache of recurrent states"),
+            (f"{one.title}: prefix reuse", _reuse_told(one), "the engine's cache of recurrent states"),
         ]
         told += [
             (
@@ -255,6 +259,11 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
             for device in dict.fromkeys(plan.setup.devices)
         ]
     told += [
+        *(
+            (f"{kind.replica.title}: between boxes", link.title, link.source)
+            for kind in found.kinds
+            if (link := kind.replica.plan.setup.interconnect)
+        ),
         (
             "batching",
             "first come first served, chunked prefill, preemption by recomputation",

@@ -51,5 +51,9 @@ class Request:
     vision: bool | None = None  # None: as the engine loads the model by default
     tp: int | None = None
     pp: int | None = None
+    nodes: int = 1  # boxes like that of `devices`, which are those of one box
+    dp: int | None = None  # data-parallel replicas
+    ep: int | None = None  # ranks over which whole experts are dealt out; 1: each expert is cut instead
+    interconnect: str | None = None  # between boxes: a name or a rate; None: what such boxes are sold with
     options: Options = field(default_factory=Options)
     prices: Prices = field(default_factory=Prices)

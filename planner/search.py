@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import log
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..profiles.box import devices_of
 from ..profiles.device import Device
@@ -26,38 +27,47 @@ from .quality import STATE_DIVERGENCE
 from .request import Options, Request
 from .speed import decode_tokens_per_s
 
+if TYPE_CHECKING:
+    from .placement import Spread
+
 # Free host memory where nobody said how much there is: what a desktop of 32 GiB has left, or one and a half times the
 # devices' own where those are large.
 ASSUMED_HOST_BYTES = 24 << 30
 
 FOUR_BIT_DIVERGENCE = 0.03  # the best four-bit recipes lie well below it, the best three-bit ones above
 
+WORTH_TELLING = 1.3  # times as fast
 SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
+MAX_NODES = 128
 
 
 def search(request: Request, advisor: Advisor | None = None, devices: tuple[Device, ...] = ()) -> Plan:
     """Every engine's best plan for a request, ranked. `advisor` is asked for advice when the plan is. `devices` stand
-    for those that the request names, where their figures are at hand.
+    for those of the box that the request names, where their figures are at hand.
 
     Raises UnknownName, BadInput or Unsupported where there is no answer; "does not fit" is an answer.
     """
     _check(request)
     asked_model = model(request.model)
+    box = devices or tuple(device for spec in request.devices for device in devices_of(spec))
     if not devices:
-        devices = tuple(device for spec in request.devices for device in devices_of(spec))
-        request = _with_this_host(request, devices)
-    if not devices:
+        request = _with_this_host(request, box)
+    if not box:
         raise BadInput("no device: give at least one, such as rtx3060; `qwen-plan devices` lists them")
+    devices, spread = box, None
+    ones = (None, 1)
+    if request.nodes != 1 or request.dp not in ones or request.ep not in ones or request.interconnect is not None:
+        devices, spread = box * request.nodes, _spread(request, box)
     _check_ranks(request, len(devices))
     plans: list[EnginePlan] = []
     skipped: list[Skipped] = []
     for module, version in _engines(request):
         name = module.ENGINE.name
         try:
-            plans.append(_best_of(module, version, request, asked_model, devices))
+            plans.append(_best_of(module, version, request, asked_model, box, spread))
         except Unsupported as reason:
             skipped.append(Skipped(name, str(reason)))
     if not plans:
@@ -82,11 +92,28 @@ def _check(request: Request) -> None:
 
 
 def _check_ranks(request: Request, devices: int) -> None:
-    ranks = (request.tp or 1) * (request.pp or 1)
+    ranks = (request.tp or 1) * (request.pp or 1) * (request.dp or 1)
     if ranks > devices:
+        replicas = f" x dp {request.dp}" if request.dp else ""
         raise Unsupported(
-            f"tp {request.tp or 1} x pp {request.pp or 1} needs {ranks} devices, and {devices} were given"
+            f"tp {request.tp or 1} x pp {request.pp or 1}{replicas} needs {ranks} devices, and {devices} were given"
         )
+
+
+def _spread(request: Request, box: tuple[Device, ...]) -> "Spread":
+    """What was asked of boxes and replicas, checked."""
+    for name, value in (("dp", request.dp), ("ep", request.ep)):
+        if value is not None and not 1 <= value <= 1024:
+            raise BadInput(f"{name} of {value}: give 1 to 1024")
+    if not 1 <= request.nodes <= MAX_NODES:
+        raise BadInput(f"{request.nodes} nodes: give 1 to {MAX_NODES}")
+    if request.nodes == 1 and request.interconnect is not None:
+        raise BadInput("--interconnect says what lies between boxes: give --nodes too")
+    from ..profiles.interconnect import assumed_interconnect, interconnect
+    from .placement import Spread
+
+    link = interconnect(request.interconnect) if request.interconnect else assumed_interconnect(box)
+    return Spread(request.nodes, request.dp, request.ep, link if request.nodes > 1 else None)
 
 
 def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
@@ -102,9 +129,16 @@ def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
 
 
 def _best_of(
-    module: ModuleType, version: str, request: Request, asked_model: Model, devices: tuple[Device, ...]
+    module: ModuleType,
+    version: str,
+    request: Request,
+    asked_model: Model,
+    devices: tuple[Device, ...],
+    spread: "Spread | None" = None,
 ) -> EnginePlan:
     """The engine's best plan. Experts stay on the devices where that leaves four-bit quality or better."""
+    if spread is not None:
+        return _best_spread(module, version, request, asked_model, devices, spread)
     options = request.options
     assumed = None
     ways = [options]
@@ -145,6 +179,91 @@ def _best_of(
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
     return min(found, key=_rank) if len(found) > 1 else found[0]
+
+
+def _best_spread(
+    module: ModuleType,
+    version: str,
+    request: Request,
+    asked_model: Model,
+    box: tuple[Device, ...],
+    spread: "Spread",
+) -> EnginePlan:
+    """The engine's best plan over several boxes or replicas. Experts stay on the devices. Tensor parallelism over boxes
+    is looked at where nothing else fits and nobody asked for sizes."""
+    notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
+    ways = [spread]
+    if spread.nodes > 1 and request.tp is None:
+        ways.append(replace(spread, across=True))
+    found: list[EnginePlan] = []
+    refusal: str | None = None
+    for way in ways:
+        offered = candidates(
+            module,
+            version,
+            asked_model,
+            box,
+            request.weights,
+            request.kv_dtype,
+            request.state_dtype or "float32",
+            request.mtp,
+            bool(request.vision),
+            request.tp,
+            request.pp,
+            _on_devices(request.options),
+            way,
+        )
+        made = (
+            EnginePlan(
+                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, None, request.prices
+            )
+            for setup, estimate in offered
+        )
+        found += _best_placed(made)
+        refusal = refusal or offered.refusal
+        if found and found[0].fits:
+            break
+    if not found:
+        raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
+    best = min(found, key=_rank) if len(found) > 1 else found[0]
+    return replace(best, notes=notes + _wider_note(module, best)) if request.tp is None else best
+
+
+def _wider_note(module: ModuleType, best: EnginePlan) -> tuple[str, ...]:
+    """What tensor parallelism over the boxes would bring to a plan that goes through them in turn."""
+    setup, link = best.setup, best.setup.interconnect
+    if not best.fits or setup.dp > 1 or setup.tp == 1 == setup.pp or setup.pp % setup.nodes or link is None:
+        return ()
+    if setup.tp_nodes > 1 or not link.takes_tensor_parallelism or not module.ENGINE.replicates:
+        return ()
+    wide = replace(setup, tp=setup.tp * setup.nodes, pp=setup.pp // setup.nodes)
+    try:
+        other = EnginePlan(best.engine, wide, module.estimate(wide), best.ctx_tokens, best.seqs, (), None, best.prices)
+        now, then = decode_tokens_per_s(best), decode_tokens_per_s(other)
+    except Unsupported:
+        return ()
+    if not other.fits or then < WORTH_TELLING * now:
+        return ()
+    return (
+        f"tensor parallelism over the boxes (--tp {wide.tp}) would decode ~{then:.0f} instead of ~{now:.0f} tokens/s "
+        f"at this context, if {link.name} keeps up: pipeline stages are the default, for they ask less of it",
+    )
+
+
+def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+    """As `_worth_ranking`, but of one format the first sure placement for each number of replicas, and of those the
+    fastest."""
+    sure: dict[int, EnginePlan] = {}
+    others: list[EnginePlan] = []
+    for found in plans:
+        first = next(iter(sure.values()), found)
+        if (found.weights, found.kv_dtype) != (first.weights, first.kv_dtype):
+            break
+        if found.fits and not found.tight:
+            sure.setdefault(found.dp, found)
+        else:
+            others.append(found)
+    return [min(sure.values(), key=_rank)] if sure else _worth_ranking(others)
 
 
 def _is_good(candidate: EnginePlan) -> bool:
@@ -224,8 +343,10 @@ def _rank(candidate: EnginePlan) -> tuple[float, ...]:
     if not candidate.fits:
         return (2, candidate.shortfall_bytes)
     coarse = candidate.divergence > FOUR_BIT_DIVERGENCE
-    place = 2 * coarse + candidate.allocation.offloads
-    serves = engine_module(candidate.engine).ENGINE.serves
+    engine = engine_module(candidate.engine).ENGINE
+    # llama.cpp's own guide calls its RPC backend, which several boxes take, a proof of concept
+    place = 2 * coarse + (candidate.allocation.offloads or (candidate.nodes > 1 and engine.parallelism == "layers"))
+    serves = engine.serves
     class_of_quality, exact_quality = round(candidate.divergence, 2), round(candidate.divergence, 4)
     return (
         candidate.tight,

@@ -8,7 +8,7 @@ draft tokens, with experts in host memory, with several sequences. 80 % of what 
 """
 
 from functools import lru_cache
-from math import exp
+from math import exp, log
 from typing import TYPE_CHECKING
 
 from ..profiles.errors import Unsupported
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .plan import EnginePlan
 
 DRAFT_SEQS = tuple(1 << power for power in range(11))  # at which the gain of drafts is looked for
+BOXES_WIDTH = log(2)  # half width over several boxes: what the link and the stages cost was never fitted
 PROMPT_TOKENS = 2048  # of the prompt whose figures are told first: what benchmarks use, and a chat begins with
 
 
@@ -167,14 +168,21 @@ def _step_time(engine: str, setup: "Setup", moved_share: float) -> StepTime:
     amount = work(
         setup.model,
         setup.weights,
-        devices,
+        devices[: setup.tp * setup.pp],
         setup.kv_dtype,
         setup.state_dtype,
         setup.tp,
         setup.mtp,
         moved_share,
+        dp=setup.expert_dp,
+        ep=setup.ep,
     )
-    return combined(amount, found)
+    step = combined(amount, found)
+    if setup.nodes == setup.dp == 1:
+        return step
+    from .network import spread_step
+
+    return spread_step(step, amount, found, engine, setup)
 
 
 def _rates(plan: "EnginePlan", context_tokens: int) -> Rates:
@@ -207,6 +215,8 @@ def widths(plan: "EnginePlan") -> tuple[float, float]:
         decode, prefill = max(decode, table["offload"]), max(prefill, table["offload"])
     if plan.seqs > 1:
         decode = max(decode, table["batch"])
+    if plan.nodes > 1 or plan.dp > 1 or plan.ep > 1:
+        decode, prefill = max(decode, BOXES_WIDTH), max(prefill, BOXES_WIDTH)
     return decode, prefill
 
 
@@ -222,6 +232,10 @@ def basis(plan: "EnginePlan") -> str:
     }[how]
     if plan.seqs > 1:
         words += "; several sequences at once were hardly measured, which widens it"
+    if plan.nodes > 1:
+        words += f"; what the link between {plan.nodes} boxes costs is modelled and was not measured"
+    elif plan.dp > 1 or plan.ep > 1:
+        words += "; what replicas or dealt-out experts cost is modelled and was not measured"
     if plan.allocation.offloads:
         words += "; experts in host memory, whose bandwidth is taken to be that of two channels of DDR5"
     if plan.mtp:

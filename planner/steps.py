@@ -7,7 +7,12 @@ from some number of rows on. The two are added and not the larger of both taken:
 better so, for what is quantized is unpacked before it is multiplied. Routed experts are read as far as some row needs
 them: of E experts, k per row, a pass over n rows reads E x (1 - (1 - k/E)^n), as many distinct ones as independent rows
 are expected to need.
+
+Replicas and pipelined stages work at the same time: each takes its part of a batch, and a pass over the part is a pass
+over the batch. Where whole experts are dealt out over ranks, the rank with the most wanted ones sets the pace.
 """
+
+from math import log
 
 from ..profiles.frozen import dataclass, replace
 from .factors import Factors
@@ -36,6 +41,11 @@ class StepTime:
     draft_s: float = 0.0  # per pass with decoding sequences: all draft steps together
     rows_per_seq: int = 1  # rows of a decoding sequence: itself and its draft tokens
     tokens_per_seq: float = 1.0  # tokens that a decoding sequence advances by in a pass
+    ways: int = 1  # parts of a batch that are worked on at the same time: replicas x stages that are pipelined
+    stages: int = 1  # of those, pipelined stages
+    expert_dp: int = 1  # replicas that share the routed experts
+    expert_ranks: int = 1  # over which whole experts are dealt out
+    experts_on_rank: int = 0
 
     def step_s(self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int) -> float:
         """Seconds of a pass.
@@ -44,8 +54,37 @@ class StepTime:
         tokens that each attends to. decode_seqs: sequences that decode. decode_context_tokens: the sum of their
         context lengths.
         """
+        if self.ways > 1:
+            parted = self._part(prefill_tokens, prefill_pairs, decode_seqs, decode_context_tokens)
+            return self._pass_s(*parted)
+        return self._pass_s(prefill_tokens, prefill_pairs, decode_seqs, decode_context_tokens)
+
+    def _part(
+        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int
+    ) -> tuple[float, float, float, float]:
+        """What one of the ways gets of a batch. A sequence is not divided."""
+        ways = self.ways
+        seqs = max(1.0, decode_seqs / ways) if decode_seqs else 0.0
+        context = decode_context_tokens * seqs / decode_seqs if decode_seqs else 0.0
+        return prefill_tokens / ways, prefill_pairs / ways, seqs, context
+
+    def _distinct(self, rows: float) -> float:
+        """The share of the routed experts that a pass over so many rows reads; where whole experts are dealt out, of
+        those on the busiest rank (the expected largest of as many equal shares: mean + sqrt(2 variance ln ranks))."""
+        distinct = 1.0 - (1.0 - self.expert_share) ** (rows * self.expert_dp)
+        if self.expert_ranks == 1:
+            return distinct
+        mean = distinct * self.experts_on_rank
+        return min(1.0, (mean + (2 * mean * (1 - distinct) * log(self.expert_ranks)) ** 0.5) / self.experts_on_rank)
+
+    def _pass_s(
+        self, prefill_tokens: float, prefill_pairs: float, decode_seqs: float, decode_context_tokens: float
+    ) -> float:
         rows = prefill_tokens + decode_seqs * self.rows_per_seq
-        distinct = 1.0 - (1.0 - self.expert_share) ** rows
+        if self.expert_dp == self.expert_ranks == 1:
+            distinct = 1.0 - (1.0 - self.expert_share) ** rows
+        else:
+            distinct = self._distinct(rows)
         return (
             self.dense_read_s
             + distinct * (self.expert_read_s + self.host_read_s)
@@ -64,15 +103,19 @@ class StepTime:
         self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int
     ) -> dict[str, float]:
         """The summands of `step_s` by name, `CONSTITUENTS`."""
-        rows = prefill_tokens + decode_seqs * self.rows_per_seq
-        distinct = 1.0 - (1.0 - self.expert_share) ** rows
+        tokens, pairs, seqs, context = float(prefill_tokens), float(prefill_pairs), float(decode_seqs), 0.0
+        context += decode_context_tokens
+        if self.ways > 1:
+            tokens, pairs, seqs, context = self._part(prefill_tokens, prefill_pairs, decode_seqs, decode_context_tokens)
+        rows = tokens + seqs * self.rows_per_seq
+        distinct = self._distinct(rows)
         return {
             "weight reads": self.dense_read_s + distinct * self.expert_read_s,
             "host memory": distinct * self.host_read_s,
-            "compute": rows * self.row_s + decode_seqs * self.rows_per_seq * self.head_row_s,
-            "attention": prefill_pairs * self.pair_s,
-            "kv reads": decode_context_tokens * self.context_s,
-            "state": decode_seqs * self.seq_s,
+            "compute": rows * self.row_s + seqs * self.rows_per_seq * self.head_row_s,
+            "attention": pairs * self.pair_s,
+            "kv reads": context * self.context_s,
+            "state": seqs * self.seq_s,
             "overhead": self.overhead_s + self.prompt_s if prefill_tokens else self.overhead_s,
             "link": self.link_s + rows * self.link_row_s,
             "draft": self.draft_s if decode_seqs else 0.0,
@@ -83,11 +126,20 @@ class StepTime:
         return seqs * self.tokens_per_seq / self.step_s(0, 0, seqs, seqs * context_tokens)
 
     def whole_prompt_s(self, prompt_tokens: int, chunk_tokens: int, depth_tokens: int = 0) -> float:
-        """Seconds of a prompt alone, in passes of at most `chunk_tokens`, behind `depth_tokens` that are cached."""
+        """Seconds of a prompt alone, in passes of at most `chunk_tokens`, behind `depth_tokens` that are cached.
+
+        One replica reads it. Its passes follow one another through pipelined stages: as the last is under way the first
+        stages have nothing to do, and before the first reaches them the last ones.
+        """
         whole, rest = divmod(prompt_tokens, chunk_tokens)
         pairs = prompt_tokens * depth_tokens + prompt_tokens * (prompt_tokens + 1) // 2
-        seconds = whole * self.step_s(chunk_tokens, 0, 0, 0) + pairs * self.pair_s
-        return seconds + (self.step_s(rest, 0, 0, 0) if rest else 0.0)
+        chunk_s = self._pass_s(chunk_tokens, 0, 0, 0) if whole else 0.0
+        rest_s = self._pass_s(rest, 0, 0, 0) if rest else 0.0
+        seconds = whole * chunk_s + rest_s + pairs * self.pair_s
+        if self.stages == 1 or whole + bool(rest) == 1:
+            return seconds
+        last_s = (rest_s or chunk_s) + min(rest or chunk_tokens, prompt_tokens) * prompt_tokens * self.pair_s
+        return seconds / self.stages + last_s * (self.stages - 1) / self.stages
 
     def scaled(self, decode: float, prefill: float | None = None) -> "StepTime":
         """Every summand times `decode`; those of prompt rows and pairs alone times `prefill` where it is given."""
@@ -135,7 +187,7 @@ def step_time(work: Work, factors: Factors) -> StepTime:
     vector = work.vector_flops_per_s * factors.unpack
     dense_s = (work.dense_bytes + work.head_bytes) / read, (work.dense_flops_per_row + work.head_flops_per_row) / vector
     on_device = work.expert_bytes / ((work.expert_bytes + work.host_expert_bytes) or 1.0)
-    expert_flops = work.expert_flops_per_row / (work.expert_share or 1.0) * on_device
+    expert_flops = work.expert_flops_per_row / (work.expert_share or 1.0) * on_device / work.expert_dp
     return StepTime(
         dense_read_s=_together(*dense_s),
         expert_read_s=_together(work.expert_bytes / read, expert_flops / vector),
@@ -153,4 +205,7 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         draft_s=draft_s,
         rows_per_seq=1 + drafts,
         tokens_per_seq=_advance(drafts, factors.acceptance, factors.decay),
+        expert_dp=work.expert_dp,
+        expert_ranks=work.expert_ranks,
+        experts_on_rank=work.experts_on_rank,
     )

@@ -67,7 +67,7 @@ class WeightTable:
 
 
 @lru_cache(maxsize=8192)
-def weight_table(model: Model, fmt: WeightFormat, tp: int = 1) -> WeightTable:
+def weight_table(model: Model, fmt: WeightFormat, tp: int = 1, dp: int = 1, ep: int = 1) -> WeightTable:
     """Bytes per place. Key-value heads repeat once there are more ranks than heads; norms, routers,
     shared_expert_gate and mtp.fc lie on every rank; a vision tower whose heads `tp` does not divide lies there whole
     (vLLM `is_vit_use_data_parallel`).
@@ -76,14 +76,32 @@ def weight_table(model: Model, fmt: WeightFormat, tp: int = 1) -> WeightTable:
     an order of columns that nothing permutes is released after loading (vLLM `marlin_make_empty_g_idx`).
     Tensors read from headers ("checkpoint") are cut in proportion. `Unsupported` where `tp` does not divide the heads
     or widths.
+
+    `dp` replicas share the routed experts: those are dealt out whole over `ep` ranks, the first of which get one more
+    where they do not divide (vLLM 0.32 `fused_moe/expert_map_manager.py`, `determine_expert_map`), or at `ep` 1 each is
+    cut over tp x dp ranks. The shared expert lies whole on every rank then (vLLM `use_sequence_parallel_moe`).
     """
     if tp != 1:
         _check(model, tp)
+    if dp != 1 and ep == 1 and model.moe_intermediate_size % (tp * dp):
+        raise Unsupported(
+            f"the experts of {model.name} have {model.moe_intermediate_size} rows, which {tp} x {dp} ranks do not "
+            f"divide: --ep {tp * dp} deals them out whole"
+        )
     layers, experts = [0] * model.num_layers, [0] * model.num_layers
     outside = {"embedding": 0, "lm_head": 0, "norm": 0, "vision": 0, "mtp": 0, "mtp_experts": 0}
     for piece in pieces(model, fmt):
-        size = _rank_bytes(piece, model, fmt, tp) * piece.per_layer
         routed = piece.role.startswith("experts.")
+        if dp == ep == 1:
+            size = _rank_bytes(piece, model, fmt, tp) * piece.per_layer
+        elif not routed:
+            whole = dp > 1 and piece.role.startswith("shared_expert.")
+            size = _rank_bytes(piece, model, fmt, 1 if whole else tp) * piece.per_layer
+        elif ep > 1:
+            most = -(-model.num_experts // ep)  # that a rank gets
+            size = -(-_rank_bytes(piece, model, fmt, 1) * piece.per_layer * most // model.num_experts)
+        else:
+            size = _rank_bytes(piece, model, fmt, tp * dp) * piece.per_layer
         if piece.part == "vision":
             outside["vision"] += size * (len(piece.layers) or 1)
         elif piece.part == "mtp":

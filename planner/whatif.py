@@ -1,6 +1,7 @@
 """Tables beside the answer: memory over context for every cache type, tokens over concurrency, and what-if."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from ..profiles.errors import QwenfitError
 from ..profiles.frozen import dataclass, replace
@@ -113,8 +114,19 @@ def _pinned(one: Replica, search: Search) -> Request:
         devices=(one.devices,),
         ctx_tokens=plan.ctx_tokens,
         vision=plan.vision,
+        nodes=plan.nodes,
+        **_sizes(plan),
     )
     return pinned(search(asked), plan)
+
+
+def _sizes(plan: EnginePlan) -> dict[str, Any]:
+    """Parallel sizes of a plan over boxes or replicas; another is searched anew, as it was."""
+    setup = plan.setup
+    if setup.nodes == setup.dp == setup.ep == 1:
+        return {}
+    link = setup.interconnect
+    return {"tp": setup.tp, "pp": setup.pp, "dp": setup.dp, "interconnect": link.name if link else None}
 
 
 def _other_loads(load: Workload) -> Iterator[tuple[str, Workload]]:

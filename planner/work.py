@@ -68,6 +68,9 @@ class Work:
     peak_flops_per_s: float
     vector_flops_per_s: float  # float32 outside matrix units
     link_bytes_per_s: float  # between devices, one direction; 0: one device
+    expert_dp: int = 1  # replicas that share the routed experts
+    expert_ranks: int = 1  # over which whole experts are dealt out
+    experts_on_rank: int = 0  # of those, on one
 
 
 def work(
@@ -80,13 +83,16 @@ def work(
     mtp: int = 0,
     host_share: float = 0.0,
     file_bytes: float | None = None,
+    dp: int = 1,
+    ep: int = 1,
 ) -> Work:
     """Work per pass of `model` over `devices`, which come in stages of `tp` ranks.
 
     `host_share`: the fraction of the routed experts in host memory. `file_bytes`: what a file of that format really
     weighs, where that is known; everything is scaled to it. Raises Unsupported where `tp` does not divide the model.
+    The devices are those of one replica; `dp` of them share experts that lie over `ep` ranks (`weight_table`).
     """
-    table = weight_table(model, weights, tp)
+    table = weight_table(model, weights, tp) if dp == ep == 1 else weight_table(model, weights, tp, dp, ep)
     scale = file_bytes / _file_bytes(model, weights) if file_bytes else 1.0
     flops = _flops(model)
     head_bytes = table.lm_head or table.embedding
@@ -118,7 +124,10 @@ def work(
         bandwidth_bytes_per_s=bandwidth,
         peak_flops_per_s=peak,
         vector_flops_per_s=vector,
-        link_bytes_per_s=min(_link(device) for device in devices) if tp > 1 else 0.0,
+        link_bytes_per_s=min(_link(device) for device in devices) if tp * dp > 1 else 0.0,
+        expert_dp=dp,
+        expert_ranks=ep,
+        experts_on_rank=-(-model.num_experts // ep) if ep > 1 else 0,
     )
 
 

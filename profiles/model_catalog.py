@@ -54,8 +54,7 @@ def model(name_or_path: str) -> Model:
     """
     key = name_or_path.strip().lower()
     known = _keys()
-    # Ollama's qwen3.5:9b and the spelling with spaces are the same name.
-    place = known.get(key) or known.get(key.translate(_SEPARATORS))
+    place = _place(key)
     if place:
         return _named(*place)
     path = os.path.expanduser(name_or_path)
@@ -69,6 +68,16 @@ def model(name_or_path: str) -> Model:
         )
     hint = did_you_mean(key, known)
     raise UnknownName(f"no model is called {quote(name_or_path)}; {hint}`qwen-plan models` lists them")
+
+
+def is_name(text: str) -> bool:
+    """Whether the catalog has that name: nothing is looked for on the disk."""
+    return _place(text.strip().lower()) is not None
+
+
+def _place(key: str) -> Any:
+    # Ollama's qwen3.5:9b and the spelling with spaces are the same name.
+    return _keys().get(key) or _keys().get(key.translate(_SEPARATORS))
 
 
 @lru_cache(maxsize=1)

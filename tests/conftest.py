@@ -185,6 +185,21 @@ def qwen_plan() -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture
+def page() -> Callable[..., Any]:
+    """Makes a client of the page's application, in this process."""
+    for library in ("fastapi", "limits", "jinja2", "httpx2"):
+        pytest.importorskip(library, reason=f"not installed: {library} (tests/requirements.txt has it)")
+    from fastapi.testclient import TestClient
+
+    from qwenfit.cli.page import app
+
+    def client(*, raises: bool = True, **told: Any) -> Any:
+        return TestClient(app(**told), base_url="http://127.0.0.1:8035", raise_server_exceptions=raises)
+
+    return client
+
+
 def _children_cpu_s() -> float:
     spent = os.times()
     return spent.children_user + spent.children_system

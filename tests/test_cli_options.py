@@ -76,7 +76,8 @@ def test_what_is_not_plain_goes_to_typer(arguments: str) -> None:
 def test_everything_reaches_the_request() -> None:
     line = (
         "--model 27b --gpu 2xrtx3090 --ctx 256K --seqs 4 --engine vllm@0.31 --weights int4 --kv-dtype fp8 "
-        "--state-dtype bfloat16 --mtp 2 --text-only --tp 2 --pp 1 --gpu-memory-utilization 0.9 "
+        "--state-dtype bfloat16 --mtp 2 --text-only --tp 2 --pp 1 --nodes 2 --interconnect ib-ndr --dp 1 --ep 1 "
+        "--gpu-memory-utilization 0.9 "
         "--max-num-batched-tokens 2K --ubatch 256 --image-tokens 4096 --host-ram 32GiB --no-offload-experts "
         "--no-prefix-caching --no-cuda-graphs --usd-per-kwh 0.30 --device-usd 1400 --years 2 --device-watts 600 "
         "--api-usd-per-million 2.5 --job-tokens 78000000 --format markdown"
@@ -97,6 +98,10 @@ def test_everything_reaches_the_request() -> None:
         vision=False,
         tp=2,
         pp=1,
+        nodes=2,
+        dp=1,
+        ep=1,
+        interconnect="ib-ndr",
         options=Options(0.9, 2048, 256, False, False, 4096, False, 32 << 30),
         prices=Prices(0.30, 1400, 2, 2.5, 78_000_000, 600),
     )

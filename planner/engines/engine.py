@@ -1,7 +1,7 @@
 """What every engine file answers, and in which words."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat
@@ -9,6 +9,9 @@ from ...profiles.frozen import dataclass, field
 from ...profiles.model import Model
 from ..memory import Memory
 from ..request import Options
+
+if TYPE_CHECKING:
+    from ...profiles.interconnect import Interconnect
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Engine:
     parallelism: str = "tensor"  # tensor: tp x pp ranks; layers: whole layers per device (tp 1, pp devices); single
     offloads: bool = False  # can keep routed experts in host memory
     serves: bool = True  # built to serve requests; False: a library or a runner
+    spans_boxes: bool = False  # can run over several boxes
+    replicates: bool = False  # has data parallelism of its own
     released: bool = True  # False: planned for, not ranked unless asked for by name
 
 
@@ -29,8 +34,8 @@ class Engine:
 class Setup:
     """Everything that decides memory apart from the context length and the number of sequences.
 
-    `len(devices) == tp * pp`; rank r of stage s is `devices[s * tp + r]`. An engine that splits by layers gets tp = 1
-    and pp = the number of devices.
+    `len(devices) == tp * pp * dp`; rank r of stage s of replica d is `devices[(d * pp + s) * tp + r]`, and boxes are
+    equal runs of them. An engine that splits by layers gets tp = 1 and pp = the number of devices.
     """
 
     model: Model
@@ -44,6 +49,30 @@ class Setup:
     mtp: int  # draft tokens
     vision: bool
     options: Options
+    dp: int = 1  # replicas; those of a mixture of experts share the experts
+    ep: int = 1  # ranks that whole experts are dealt out to; 1: each expert is cut over tp x dp ranks
+    nodes: int = 1
+    interconnect: "Interconnect | None" = None  # None: one box
+
+    @property
+    def box_ranks(self) -> int:
+        """Ranks in one box."""
+        return len(self.devices) // self.nodes
+
+    @property
+    def replica_nodes(self) -> int:
+        """Boxes that one replica reaches over."""
+        return max(1, self.tp * self.pp // self.box_ranks)
+
+    @property
+    def tp_nodes(self) -> int:
+        """Boxes that one tensor-parallel group reaches over."""
+        return max(1, self.tp // self.box_ranks)
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas that share the routed experts: all of a mixture, none of a dense model."""
+        return self.dp if self.model.is_moe else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,15 @@ from ...profiles.model import Model
 
 # Names under which quantized models were published, by format (Qwen's and NVIDIA's collections, November 2026).
 _PUBLISHED = {"fp8": "{repo}-FP8", "gptq-int4-official": "{repo}-GPTQ-Int4", "nvfp4": "nvidia/{base}-NVFP4"}
+HEAD_ADDRESS = (
+    "<HEAD_NODE_IP>"  # to be replaced: where every box reaches the one that serves; vLLM's guide spells it so
+)
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+=:,./-_")
+
+
+def node_address(node: int) -> str:
+    """A place holder for the address of a box."""
+    return HEAD_ADDRESS if node == 0 else f"<NODE_{node}_IP>"
 
 
 def checkpoint_name(model: Model, fmt: WeightFormat) -> str:

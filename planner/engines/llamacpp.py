@@ -27,8 +27,9 @@ from .llamacpp_cache import DEFAULT_UBATCH_TOKENS, FLOAT_TYPES, cache_types
 from .llamacpp_compute import flash_scratch_bytes
 from .llamacpp_devices import Layout, layout, without_experts
 from .llamacpp_host import PROMPT_CACHE_MIB, Host
-from .llamacpp_launch import gguf_name, server_line
+from .llamacpp_launch import gguf_name, rpc_line, server_line
 from .llamacpp_question import COMPUTE_HIGH, Question
+from .support import spread_warnings
 
 ENGINE = Engine(
     name="llama.cpp",
@@ -38,6 +39,7 @@ ENGINE = Engine(
     "ggml-backend.cpp, common/arg.cpp, tools/server",
     parallelism="layers",
     offloads=True,
+    spans_boxes=True,
 )
 
 GIB = 1 << 30
@@ -45,6 +47,9 @@ MIB = 1 << 20
 FIT_MARGIN_BYTES = GIB  # --fit-target: what llama.cpp's own fitting would leave free
 COMPUTE_LOW = 0.97
 SPARE = 2 - COMPUTE_HIGH
+
+# tools/rpc/README.md
+RPC_WARNING = ("ggml-rpc-server checks nobody: bind it to a network that only these boxes are on",)
 
 
 def runs_on(device: Device, version: str) -> str | None:
@@ -355,12 +360,12 @@ class LlamaCppEstimate:
                 f"host memory fills with up to {checkpoints:.1f} GiB of state checkpoints (--ctx-checkpoints) and a "
                 "prompt cache (--cache-ram, 8 GiB unless said)"
             )
-        return tuple(found)
+        return spread_warnings(self.setup) + RPC_WARNING + tuple(found) if self.setup.nodes > 1 else tuple(found)
 
     def _detail(self, layout: Layout, question: Question) -> dict[str, object]:
         setup, cells, seqs = self.setup, question.cells, question.seqs
         reserves = self.batches.reserves(question.tokens, seqs)
-        return {
+        detail: dict[str, object] = {
             "file": gguf_name(setup.model, setup.weights, bool(setup.mtp)),
             "n_ctx": cells * seqs,
             "n_ctx_seq": cells,
@@ -374,6 +379,10 @@ class LlamaCppEstimate:
             "compute_buffer_bytes": [reserves[index].buffer_bytes(cells) for index in range(len(layout.shares))],
             "draft_compute_buffer_bytes": reserves[-1].buffer_bytes(cells) if setup.mtp else 0,
         }
+        if setup.nodes > 1:
+            others = [rpc_line(node) for node in range(1, setup.nodes)]
+            detail["node_commands"] = [self.command(question.ctx_tokens, seqs), *others]
+        return detail
 
 
 @lru_cache(maxsize=4096)

@@ -3,11 +3,12 @@
 from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
 from .engine import Setup
-from .launch import shell_line
+from .launch import node_address, shell_line
 from .llamacpp_cache import DEFAULT_BATCH_TOKENS, padded
 from .llamacpp_devices import MAX_IMAGE_TOKENS
 
 ALL_LAYERS = 99
+RPC_PORT = 50052  # of ggml-rpc-server unless told otherwise
 
 
 def server_line(
@@ -33,6 +34,8 @@ def server_line(
     if len(layer_counts) > 1:
         *others, last = layer_counts
         words += ["-sm", "layer", "-ts", ",".join(map(str, [*others, last + 1 + bool(setup.mtp)]))]
+    if setup.nodes > 1:  # remote devices come before local ones (`llama.cpp`, llama_prepare_model_devices)
+        words += ["--rpc", ",".join(f"{node_address(node)}:{RPC_PORT}" for node in range(1, setup.nodes))]
     if on_host_layers:
         words += ["--n-cpu-moe", on_host_layers]
     if setup.mtp:
@@ -48,6 +51,11 @@ def server_line(
     if cache_ram_mib is not None:
         words += ["--cache-ram", cache_ram_mib]
     return shell_line(words)
+
+
+def rpc_line(node: int) -> str:
+    """What another box runs: it offers all its accelerators (`tools/rpc/rpc-server.cpp`)."""
+    return shell_line(["ggml-rpc-server", "-H", node_address(node), "-p", RPC_PORT])
 
 
 def gguf_name(model: Model, fmt: WeightFormat, mtp: bool = False) -> str:

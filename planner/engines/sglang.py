@@ -11,12 +11,12 @@ from ...profiles.device import Device
 from ...profiles.errors import BadInput, Unsupported
 from ...profiles.formats import WeightFormat, weight_format
 from ...profiles.model import Model
-from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
+from .replicas import over_replicas
 from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
-from .sglang_pool import KV_BYTES, cells
-from .support import capability, is_fp4, named_capability, unlike_ranks, warnings
+from .sglang_pool import KV_BYTES, cells, stage_layers
+from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .vllm_budget import stage_weights
 from .vllm_scratch import MIB, MID, Constants
 
@@ -25,6 +25,8 @@ ENGINE = Engine(
     default_version="0.5.23",
     versions=("0.5.23",),
     source="sglang on PyPI: mem_cache/kv_cache_configurator.py, model_executor/pool_configurator.py, arg_groups",
+    spans_boxes=True,
+    replicates=True,
 )
 
 SMALLEST_CHUNK_TOKENS = 2048
@@ -125,6 +127,9 @@ def own_fraction(device: Device, model: Model, tp: int, pp: int, vision: bool, c
 def estimate(setup: Setup) -> Estimate:
     """Raises Unsupported where the setup cannot start whatever its memory."""
     options, devices, model = setup.options, setup.devices, setup.model
+    _refuse_spread(setup)
+    spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
+    wide = setup.tp * setup.expert_dp  # SGLang's tp_size: replicas that share experts lie inside it
     for device in dict.fromkeys(devices):
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device)
         if obstacle:
@@ -132,27 +137,29 @@ def estimate(setup: Setup) -> Estimate:
     radix = options.prefix_caching
     sizes = cells(model, setup.tp, setup.pp, setup.kv_dtype, setup.state_dtype, radix, "extra_buffer", setup.mtp)
     smallest = min(devices, key=lambda device: device.memory_bytes)
-    chunks = _chunks(setup, own_defaults(smallest, setup.tp)[0])
+    chunks = _chunks(setup, own_defaults(smallest, wide)[0] // setup.expert_dp)
     image_tokens = 0
     if setup.vision and model.vision is not None:
         image_tokens = options.image_tokens or model.vision.max_image_tokens
     constants = scratch.constants(options.calibration, "sglang", setup.version, devices)
     stations, place_of_rank = _stations(setup, constants)
     own = min(
-        own_fraction(device, model, setup.tp, setup.pp, setup.vision, options.cuda_graphs)
+        own_fraction(device, model, wide, setup.pp, setup.vision, options.cuda_graphs)
         for device in dict.fromkeys(devices)
     )
     low, mid, high = scratch.sampler_row_bytes(model, constants)
-    return SglangEstimate(
+    made = SglangEstimate(
         setup=setup,
         sizes=sizes,
         stations=stations,
         place_of_rank=place_of_rank,
         chunks=chunks,
-        activations=tuple(scratch.activations(model, setup.tp, tokens, image_tokens, constants) for tokens in chunks),
+        activations=tuple(
+            scratch.activations(model, setup.tp, tokens, image_tokens, constants, *spread) for tokens in chunks
+        ),
         row_bytes=(low * (1 + setup.mtp), mid * (1 + setup.mtp), high * (1 + setup.mtp)),
         graph_bytes_per_capture=constants.graph_bytes_per_capture,
-        largest_decode_batch=own_defaults(smallest, setup.tp)[1],
+        largest_decode_batch=own_defaults(smallest, wide)[1],
         cuda_graphs=options.cuda_graphs,
         workspace_bytes=FLASHINFER_WORKSPACE_BYTES if smallest.vendor == "nvidia" else 0,
         image_cache_bytes=MULTIMODAL_CACHE_BYTES if image_tokens else 0,
@@ -160,8 +167,17 @@ def estimate(setup: Setup) -> Estimate:
         own_thousandths=int(own * 1000),
         fixed_thousandths=_fixed_thousandths(options.gpu_memory_utilization),
         radix=radix,
-        warnings=warnings("SGLang", devices, model, setup.weights),
+        warnings=warnings("SGLang", devices, model, setup.weights) + spread_warnings(setup),
     )
+    return over_replicas(made, setup.dp)
+
+
+def _refuse_spread(setup: Setup) -> None:
+    """`arg_groups/validation_hook.py`, `check_server_args`: replicas of whole models stay in one box."""
+    if setup.dp > 1 and setup.expert_dp == 1 and setup.nodes > 1:
+        raise Unsupported(
+            f"SGLang {setup.version} keeps replicas of a dense model in one box: leave out --dp, or start one in each"
+        )
 
 
 def _fixed_thousandths(fraction: float | None) -> int | None:
@@ -186,7 +202,8 @@ def _chunks(setup: Setup, default: int) -> tuple[int, ...]:
 
 
 def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = weight_table(setup.model, setup.weights, setup.tp)
+    table = rank_table(setup)
+    layers = stage_layers(setup.model.num_layers, setup.pp)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
     for stage, device in places:
@@ -196,7 +213,7 @@ def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], 
         stations.append(
             Station(
                 device=device,
-                weights_bytes=stage_weights(table, setup, stage),
+                weights_bytes=stage_weights(table, setup, stage, layers[stage]),
                 reach_bytes=int(device.usable_bytes * safe_fraction),
                 free_bytes=max(1, device.usable_bytes - int(context[MID])),
                 context=context,

@@ -195,6 +195,11 @@ class SglangEstimate:
             "max_total_num_tokens": tokens,
             "page_size": self.page_tokens,
         }
+        if self.setup.dp > 1:
+            detail["attn_dp_size" if self.setup.expert_dp > 1 else "dp_size"] = self.setup.dp  # figures of one replica
+        if self.setup.nodes > 1:
+            nodes = range(self.setup.nodes)
+            detail["node_commands"] = [self._line(choice, ctx_tokens, seqs, node) for node in nodes]
         return Allocation(shares, reasons=reasons, warnings=self.warnings, detail=detail)
 
     def _memory(
@@ -248,8 +253,12 @@ class SglangEstimate:
 
     def command(self, ctx_tokens: int, seqs: int) -> str:
         choice, _, _ = self._chosen(ctx_tokens, seqs)
+        return self._line(choice, ctx_tokens, seqs, 0)
+
+    def _line(self, choice: Choice, ctx_tokens: int, seqs: int, node: int) -> str:
         chunk_tokens, slots = self.chunks[choice.batch], self._slots(seqs)
-        return launch_line(self.setup, ctx_tokens, seqs, choice.thousandths / 1000, slots, chunk_tokens, self.radix)
+        fraction = choice.thousandths / 1000
+        return launch_line(self.setup, ctx_tokens, seqs, fraction, slots, chunk_tokens, self.radix, node)
 
 
 def _amount(bounds: tuple[float, ...]) -> Amount:

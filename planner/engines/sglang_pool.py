@@ -13,7 +13,6 @@ from functools import lru_cache
 from ...profiles.errors import BadInput, UnknownName, Unsupported
 from ...profiles.frozen import dataclass
 from ...profiles.model import Model
-from .vllm_pool import stage_layers
 
 GIB = 1 << 30
 KV_BYTES = {"bf16": 2, "auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8": 1}
@@ -49,6 +48,15 @@ class Cells:
     def state_pool_bytes(self, slots: int, running: int) -> int:
         """State of `slots` and a padding slot, and of every draft position of `running` requests and a padding one."""
         return self.state_bytes * (slots + 1 + self.draft_tokens * (running + 1 if self.draft_tokens else 0))
+
+
+def stage_layers(num_layers: int, pp: int) -> tuple[range, ...]:
+    """Layers of each pipeline stage: what does not divide goes to the last stages (`distributed/utils.py`,
+    `get_pp_indices`; vLLM's rule is another)."""
+    least, rest = divmod(num_layers, pp)
+    sizes = [least + (stage >= pp - rest) for stage in range(pp)]
+    ends = [sum(sizes[: stage + 1]) for stage in range(pp)]
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 @lru_cache(maxsize=4096)

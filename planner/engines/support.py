@@ -5,6 +5,7 @@ from functools import lru_cache
 from ...profiles.device import Device
 from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
+from ..weights import WeightTable, weight_table
 from .engine import Setup
 
 
@@ -26,8 +27,18 @@ def is_fp4(fmt: WeightFormat) -> bool:
 def unlike_ranks(setup: Setup) -> tuple[tuple[tuple[int, Device], ...], tuple[int, ...]]:
     """Stages and devices on which ranks hold different things, and for every rank its place among them."""
     places: dict[tuple[int, Device], int] = {}
-    of_rank = [places.setdefault((rank // setup.tp, device), len(places)) for rank, device in enumerate(setup.devices)]
+    of_rank = [
+        places.setdefault((rank // setup.tp % setup.pp, device), len(places))
+        for rank, device in enumerate(setup.devices)
+    ]
     return tuple(places), tuple(of_rank)
+
+
+def rank_table(setup: Setup) -> WeightTable:
+    """Weights as they fall on one rank."""
+    if setup.expert_dp == setup.ep == 1:  # the same key as everybody's
+        return weight_table(setup.model, setup.weights, setup.tp)
+    return weight_table(setup.model, setup.weights, setup.tp, setup.expert_dp, setup.ep)
 
 
 @lru_cache(maxsize=4096)
@@ -49,4 +60,26 @@ def warnings(engine: str, devices: tuple[Device, ...], model: Model, fmt: Weight
             found.append(f"{device.title} has no fp4 arithmetic: weights only (Marlin)")
     if not fmt.is_released(model):
         found.append(f"nobody published {model.name} as {fmt.name}: its size is what the publisher's rule would give")
+    return tuple(found)
+
+
+def spread_warnings(setup: Setup) -> tuple[str, ...]:
+    """What to know of a plan over several boxes or with dealt-out experts."""
+    found: list[str] = []
+    link = setup.interconnect
+    if link is not None:
+        if link.assumed:
+            found.append(f"what lies between the boxes was not given: {link.title} is taken; --interconnect says it")
+        if setup.tp_nodes > 1:
+            slow = "" if link.takes_tensor_parallelism else ", and this link is slow for it"
+            found.append(
+                f"tensor parallelism over {setup.tp_nodes} boxes: every layer waits twice for the link between "
+                f"them{slow}"
+            )
+        elif setup.expert_dp > 1:
+            found.append("replicas share the experts over the link between boxes: every layer waits twice for it")
+    if setup.ep > 1:
+        found.append("experts are taken to be asked for evenly; the box with the most wanted ones sets the pace")
+    if setup.expert_dp > 1:
+        found.append("replicas that share experts run in step: an idle one still takes part in every pass")
     return tuple(found)

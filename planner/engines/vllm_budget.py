@@ -23,7 +23,7 @@ from . import vllm_scratch as scratch
 from .budget_steps import Choice, choices
 from .engine import Allocation, DeviceShare, Setup
 from .launch import shell_line
-from .vllm_launch import launch_words
+from .vllm_launch import launch_words, node_words
 from .vllm_pool import Layout, stage_layers
 from .vllm_scratch import GIB, HIGH, LOW, MID, Activations, Bounds
 
@@ -272,6 +272,10 @@ class VllmEstimate:
             "min_pool_bytes": (per_request + self.layout.null_blocks) * block_bytes,
             "num_blocks": blocks,
         }
+        if self.setup.dp > 1:
+            detail["data_parallel_size"] = self.setup.dp  # the figures here are those of one replica
+        if self.setup.nodes > 1:
+            detail["node_commands"] = self._node_commands(choice, ctx_tokens, seqs)
         if fits:
             detail["kv_cache_tokens"] = int(blocks / per_request * ctx_tokens)
             detail["max_concurrency"] = round(blocks / per_request, 2)
@@ -279,14 +283,22 @@ class VllmEstimate:
 
     def command(self, ctx_tokens: int, seqs: int) -> str:
         choice, _, _ = self._chosen(ctx_tokens, seqs)
+        return self._line(choice, ctx_tokens, seqs, 0)
+
+    def _line(self, choice: Choice, ctx_tokens: int, seqs: int, node: int) -> str:
         words = launch_words(self.setup, ctx_tokens, seqs, self.batches[choice.batch], self.prefix_caching)
-        return shell_line([*words, "--gpu-memory-utilization", choice.thousandths / 1000])
+        words += ["--gpu-memory-utilization", choice.thousandths / 1000]
+        return shell_line([*words, *node_words(self.setup, node)] if self.setup.nodes > 1 else words)
+
+    def _node_commands(self, choice: Choice, ctx_tokens: int, seqs: int) -> list[str]:
+        return [self._line(choice, ctx_tokens, seqs, node) for node in range(self.setup.nodes)]
 
 
-def stage_weights(table: WeightTable, setup: Setup, stage: int) -> int:
+def stage_weights(table: WeightTable, setup: Setup, stage: int, layers: range | None = None) -> int:
     """One rank of one stage: embedding and vision tower on the first; lm_head, norm and drafts on the last. Where these
-    are two, an embedding that is tied to the lm_head or read by drafts lies on both."""
-    layers = stage_layers(setup.model.num_layers, setup.pp)[stage]
+    are two, an embedding that is tied to the lm_head or read by drafts lies on both. `layers`: those of the stage,
+    where they are not vLLM's."""
+    layers = layers or stage_layers(setup.model.num_layers, setup.pp)[stage]
     first, last = stage == 0, stage == setup.pp - 1
     total = sum(table.layers[layers.start : layers.stop]) + sum(table.experts[layers.start : layers.stop])
     if first:

@@ -1,10 +1,11 @@
 """vLLM's launch line."""
 
 from .engine import Setup
-from .launch import checkpoint_name, compact_json, rope_overrides
+from .launch import HEAD_ADDRESS, checkpoint_name, compact_json, rope_overrides
 
 PIXELS_PER_IMAGE_TOKEN = 1024  # patches of 16 x 16 pixels, merged 2 x 2
 SMALLEST_IMAGE_PIXELS = 65536  # preprocessor_config.json, shortest_edge
+DATA_PARALLEL_PORT = 29550  # ParallelConfig.data_parallel_rpc_port
 
 
 def launch_words(setup: Setup, ctx_tokens: int, seqs: int, batch_tokens: int, prefix_caching: bool) -> list[object]:
@@ -32,6 +33,10 @@ def launch_words(setup: Setup, ctx_tokens: int, seqs: int, batch_tokens: int, pr
         words += ["--tensor-parallel-size", setup.tp]
     if setup.pp > 1:
         words += ["--pipeline-parallel-size", setup.pp]
+    if setup.dp > 1:
+        words += ["--data-parallel-size", setup.dp]
+    if setup.ep > 1:
+        words.append("--enable-expert-parallel")
     if setup.mtp:
         words += ["--speculative-config", compact_json({"method": "mtp", "num_speculative_tokens": setup.mtp})]
     if not options.cuda_graphs:
@@ -39,3 +44,15 @@ def launch_words(setup: Setup, ctx_tokens: int, seqs: int, batch_tokens: int, pr
     if overrides is not None:
         words += ["--hf-overrides", compact_json(overrides)]
     return words
+
+
+def node_words(setup: Setup, node: int) -> list[object]:
+    """What the line of one box says beside the others. Replicas that each lie in one box are told by the first replica
+    of the box (--data-parallel-start-rank), others by the box's place in the world (--nnodes)."""
+    if setup.replica_nodes == 1 and setup.dp > 1:
+        local = setup.dp // setup.nodes
+        words: list[object] = ["--data-parallel-size-local", local, "--data-parallel-address", HEAD_ADDRESS]
+        words += ["--data-parallel-rpc-port", DATA_PARALLEL_PORT]
+        return words if node == 0 else [*words, "--data-parallel-start-rank", node * local, "--headless"]
+    words = ["--nnodes", setup.nodes, "--node-rank", node, "--master-addr", HEAD_ADDRESS]
+    return words if node == 0 else [*words, "--headless"]

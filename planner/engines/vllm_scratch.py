@@ -106,16 +106,20 @@ class Activations:
     unprofiled: Bounds  # what a real prefill needs beyond the profiled peak, outside the budget
 
 
-def layer_token_bytes(model: Model, tp: int) -> int:
-    """Activation peak of one layer per token: the feed-forward block with its residual, in bf16."""
+def layer_token_bytes(model: Model, tp: int, dp: int = 1, ep: int = 1) -> int:
+    """Activation peak of one layer per token: the feed-forward block with its residual, in bf16. Where `dp` replicas
+    share the experts, each rank sees the tokens of all of them (vLLM's default, `allgather_reducescatter`)."""
     residual = 2 * model.hidden_size
     if not model.is_moe:
         return 2 * 3 * (model.intermediate_size // tp) + 3 * residual
     routed = model.num_experts_per_tok
-    inner = model.moe_intermediate_size // tp
+    inner = model.moe_intermediate_size // (1 if ep > 1 else tp * dp)
     # the fused experts share one buffer between the first product and the last, and keep one for the activation
     experts = 2 * routed * (max(2 * inner, model.hidden_size) + inner)
     shared = 2 * 3 * (model.shared_expert_intermediate_size // tp)
+    if dp > 1:  # the shared expert is whole, and works on the rank's own share of the tokens
+        shared = 2 * 3 * model.shared_expert_intermediate_size // tp
+        return dp * (experts + residual) + shared + 2 * model.num_experts + 4 * residual
     return experts + shared + 2 * model.num_experts + 4 * residual
 
 
@@ -148,10 +152,17 @@ def encoder_bytes(model: Model, image_tokens: int, tp: int) -> int:
 
 @lru_cache(maxsize=4096)
 def activations(
-    model: Model, tp: int, batch_tokens: int, image_tokens: int, constants: Constants = CONSTANTS
+    model: Model,
+    tp: int,
+    batch_tokens: int,
+    image_tokens: int,
+    constants: Constants = CONSTANTS,
+    dp: int = 1,
+    ep: int = 1,
 ) -> Activations:
-    """`image_tokens` is the largest image that is encoded, 0 where the vision tower is not loaded."""
-    layers = layer_token_bytes(model, tp) * batch_tokens
+    """`image_tokens` is the largest image that is encoded, 0 where the vision tower is not loaded. `dp` replicas share
+    experts that lie over `ep` ranks."""
+    layers = layer_token_bytes(model, tp, dp, ep) * batch_tokens
     encoder = encoder_bytes(model, image_tokens, tp)
     images = 2 * image_tokens * model.vision.out_hidden_size if model.vision else 0
     inputs = 2 * batch_tokens * model.hidden_size

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from qwenfit.planner import Request, plan
 from qwenfit.planner.engines import sglang
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.request import Options
@@ -56,6 +57,12 @@ def line(name: str, weights: str, where: str, ctx_tokens: int, seqs: int, **told
     return sglang.estimate(setup).command(ctx_tokens, seqs)
 
 
+def lines_of_boxes(box: str, nodes: int, **told: Any) -> list[str]:
+    found = plan(Request(devices=(box,), nodes=nodes, engine="sglang", ctx_tokens=8192, **told)).best
+    told_lines = found.detail.get("node_commands")
+    return [str(one) for one in told_lines] if isinstance(told_lines, list) else [found.command]
+
+
 LINES = [
     line("qwen3.5-9b", "int4", "rtx3060", 65536, 1, kv_dtype="fp8_e4m3"),
     line("qwen3.5-9b", "bf16", "rtx3090", 32768, 2, state_dtype="bfloat16", kv_dtype="fp8_e5m2"),
@@ -72,6 +79,10 @@ LINES = [
     ),
     line("qwen3-next-80b", "fp8", "2xa100-80gb", 524288, 3),
     line("qwen3.5-122b-a10b", "nvfp4", "b200", 262144, 16),
+    *lines_of_boxes("8xa100-80gb", 2, model="397b-a17b", weights="bf16"),
+    *lines_of_boxes("8xa100-80gb", 2, model="397b-a17b", weights="bf16", dp=2, seqs=8),
+    *lines_of_boxes("dgx-spark", 4, model="397b-a17b", weights="gptq-int4-official", tp=4),
+    *lines_of_boxes("4xh100-sxm", 1, model="27b", dp=4, tp=1, seqs=16),
 ]
 
 
@@ -99,6 +110,11 @@ def test_every_line_is_accepted_and_means_what_was_planned() -> None:
             ("--chunked-prefill-size", "chunked_prefill_size"),
             ("--tp-size", "tp_size"),
             ("--pp-size", "pp_size"),
+            ("--dp-size", "dp_size"),
+            ("--attn-dp-size", "attn_dp_size"),
+            ("--ep-size", "ep_size"),
+            ("--nnodes", "nnodes"),
+            ("--node-rank", "node_rank"),
             ("--speculative-num-steps", "speculative_num_steps"),
             ("--speculative-num-draft-tokens", "speculative_num_draft_tokens"),
         ):

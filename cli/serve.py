@@ -1,0 +1,87 @@
+"""`qwen-plan serve`: the planner as a page and an API on this machine. 0 after SIGTERM, 130 after Ctrl-C, 2 where it
+cannot start."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.util import find_spec
+from json import dumps
+
+from ..profiles.errors import BadInput
+from .output import say, write
+
+NEEDS = ("fastapi", "uvicorn", "jinja2", "limits")
+MISSING = "the page needs {names}: pip install 'qwenfit[serve]'"
+EVERYWHERE = ("", "0.0.0.0", "::")
+BACKLOG = 128
+KEEP_ALIVE_S = 30
+DRAIN_S = 3
+MAX_CONNECTIONS = 256
+
+
+def serve(host: str, port: int, allow_auto: bool, allow_hosts: Sequence[str], json: bool) -> None:
+    """Serves until it is told to stop. The address goes to stdout once the port is open."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise BadInput(MISSING.format(names=" and ".join(missing)))
+    if host in EVERYWHERE and not allow_hosts:
+        raise BadInput(
+            f"--host {host or '0.0.0.0'} answers on every address of this machine: --allow-host says under which name "
+            "or address people ask for it"
+        )
+    with closing(_listening(host, port)) as listening:
+        url = _url(host, listening.getsockname()[1])
+        write(dumps({"schema": 1, "url": url}) + "\n" if json else f"{url}\n")
+        say(f"qwen-plan: the page is at {url} (Ctrl-C ends it)")
+        _run(listening, allow_auto, [host, *allow_hosts])
+
+
+def _run(listening: socket.socket, allow_auto: bool, hosts: Sequence[str]) -> None:
+    import uvicorn
+
+    from .page import LOCAL, app
+
+    names = [*LOCAL, *(_bracketed(name) for name in hosts if name not in EVERYWHERE)]
+    config = uvicorn.Config(
+        app(allow_auto, names),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. BadInput where it cannot be had."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        made = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"--host {host}: no address of this machine ({_why(error)})") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        raise BadInput(f"{host}:{port} cannot be had ({_why(error)}): give another --port, or 0 for any") from None
+    return made
+
+
+def _why(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{'127.0.0.1' if host in EVERYWHERE else _bracketed(host)}:{port}/"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -1,0 +1,116 @@
+"""`qwen-plan serve` as it is typed: where it is, that it answers there, ends when told, and why it cannot start."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+MISSING = [name for name in ("fastapi", "uvicorn", "jinja2", "limits") if find_spec(name) is None]
+needs_the_extra = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (qwenfit[serve])")
+COMMAND = [sys.executable, "-m", "qwenfit.cli.plan", "serve"]
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its first line."""
+    started = subprocess.Popen(
+        [*COMMAND, "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert started.stdout
+        yield started, started.stdout.readline().strip()
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def get(url: str, **headers: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@needs_the_extra
+def test_it_answers_until_it_is_told_to_stop() -> None:
+    with serving() as (process, url):
+        assert url.startswith("http://127.0.0.1:") and url.endswith("/")
+        status, body = get(f"{url}plan.json?gpu=rtx3060&ctx=256K")
+        assert status == 200 and json.loads(body)["fits"] is True
+        assert get(url, Host="evil.example")[0] == 400
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == 130, said
+        assert "Traceback" not in said and said.splitlines() == [f"qwen-plan: the page is at {url} (Ctrl-C ends it)"]
+
+
+@needs_the_extra
+def test_the_address_as_json() -> None:
+    with serving("--json", "--host", "localhost") as (process, line):
+        told = json.loads(line)
+        assert told["schema"] == 1 and get(f"{told['url']}api/names")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        assert process.returncode in (0, -signal.SIGTERM)
+
+
+@needs_the_extra
+def test_a_port_that_is_taken(qwen_plan: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = qwen_plan("serve", "--port", str(port))
+    assert done.status == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"qwen-plan: 127.0.0.1:{port} cannot be had (address already in use): give another")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--host", "0.0.0.0"), "--allow-host says under which name"),
+        (("--host", "no such host"), "--host no such host"),
+        (("--host", "192.0.2.1"), "192.0.2.1:8035 cannot be had"),  # TEST-NET-1: no machine's address
+        (("--port", "70000"), "--port"),
+        (("--port", "x"), "--port"),
+        (("there",), "there"),
+    ],
+)
+@needs_the_extra
+def test_what_cannot_be(qwen_plan: Any, arguments: tuple[str, ...], says: str) -> None:
+    done = qwen_plan("serve", *arguments)
+    assert done.status == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenfit.cli import serve
+    from qwenfit.profiles.errors import BadInput
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "limits") else True)
+    with pytest.raises(BadInput) as caught:
+        serve.serve("127.0.0.1", 0, False, [], False)
+    assert str(caught.value) == "the page needs fastapi and limits: pip install 'qwenfit[serve]'"
+
+
+@needs_the_extra
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")
+def test_over_ipv6() -> None:
+    with serving("--host", "::1") as (_, url):
+        assert url.startswith("http://[::1]:") and get(f"{url}api/names")[0] == 200
+
+
+def test_help_and_completion_know_it(qwen_plan: Any) -> None:
+    assert "serve " in qwen_plan("--help").stdout
+    told = qwen_plan("serve", "--help").stdout
+    assert all(option in told for option in ("--host", "--port", "--allow-auto", "--allow-host", "--json"))
