@@ -47,6 +47,7 @@ Parts = Annotated[list[LengthPart], BeforeValidator(listed), Field(min_length=1,
 class PrefixKeys(_Strict):
     tokens: Tokens
     share: Share = 1.0
+    image: Annotated[int, read_with(parse_image), Field(ge=1, le=65536)] | None = None
 
 
 class ImageKeys(_Strict):
@@ -94,6 +95,7 @@ class ReportKeys(_Strict):
     weights: Word | None = None
     kv_dtype: Word | None = None
     state_dtype: Literal["float32", "bfloat16"] | None = None
+    mtp: Annotated[int, Field(ge=0, le=16)] = 0  # draft tokens
     ctx_tokens: Tokens | None = None
     tp: Parallel | None = None
     pp: Parallel | None = None
@@ -137,7 +139,8 @@ def read_workload(path: str) -> Question:
         weights=keys.weights,
         kv_dtype=keys.kv_dtype,
         state_dtype=keys.state_dtype,
-        vision=bool(load.images),
+        mtp=keys.mtp,
+        vision=load.sees_images,
         tp=keys.tp,
         pp=keys.pp,
         dp=keys.dp,
@@ -179,8 +182,8 @@ def _workload(document: Document, keys: WorkloadKeys) -> Workload:
         users=keys.users,
         think_s=keys.think_s,
         burstiness=keys.burstiness,
-        prefix=Prefix(prefix.tokens, prefix.share) if prefix else None,
-        images=Images(images.size * images.count, images.share) if images else None,
+        prefix=Prefix(prefix.tokens, prefix.share, prefix.image or 0) if prefix else None,
+        images=Images(images.size * images.count, images.share, images.count) if images else None,
         targets=Targets(keys.targets.p95_ttft_s, keys.targets.p95_tpot_s),
     )
     try:

@@ -86,8 +86,8 @@ def simulate(step: Step, limits: Limits, load: Load) -> Served:
 
 
 class _Engine:
-    """One replica. Sequence i, once it decodes, holds `advance * steps + base[i]` tokens of context: `advance` more with
-    every step."""
+    """One replica. Sequence i, once it decodes, holds `advance * steps + base[i]` tokens of context: with every step
+    `advance` more."""
 
     def __init__(self, step: Step, limits: Limits, load: Load) -> None:
         count = len(load.new_tokens)

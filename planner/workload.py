@@ -61,8 +61,8 @@ def _drawn(rng: Random, part: Part, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Prompt tokens that a share of the requests begin with alike: a system prompt, a document, earlier turns. The first
-    `image_tokens` of them are an image, which the vision tower sees only where the cache does not hold it."""
+    """Prompt tokens that a share of the requests begin with alike: a system prompt, a document, earlier turns. The
+    first `image_tokens` of them are an image, which the vision tower sees only where the cache does not hold it."""
 
     tokens: int
     share: float
@@ -110,6 +110,10 @@ class Workload:
     targets: Targets = Targets()
 
     @property
+    def sees_images(self) -> bool:
+        return bool(self.images or (self.prefix and self.prefix.image_tokens))
+
+    @property
     def max_request_tokens(self) -> int:
         """The longest that prompt and answer can be together."""
         prefix = self.prefix.tokens if self.prefix else 0
@@ -122,8 +126,8 @@ class Load:
     """Sampled requests, in order of arrival, column by column.
 
     `new_tokens` are computed in prefill, `cached_tokens` are found in the prefix cache. Open: `times_s` says when each
-    arrives. Closed: `think_s` how long its user waits before it, and `users` how many there are. `images` are the tokens
-    of each image that the vision tower must see; None: there are none.
+    arrives. Closed: `think_s` how long its user waits before it, and `users` how many there are. `images` are the
+    tokens of each image that the vision tower must see; None: there are none.
     """
 
     new_tokens: list[int]
@@ -155,7 +159,7 @@ def check(workload: Workload) -> None:
             raise BadInput(f"{name}: give a share of more than 0 and at most 1, and 1 to {MAX_TOKENS:,} tokens")
     if workload.prefix and not 0 <= workload.prefix.image_tokens <= workload.prefix.tokens:
         raise BadInput(
-            f"shared_prefix: its image has {workload.prefix.image_tokens:,} tokens, more than the prefix, which holds it"
+            f"shared_prefix: its image has {workload.prefix.image_tokens:,} tokens, more than the prefix around it"
         )
     for name in ("p95_ttft_s", "p95_tpot_s"):
         promised = getattr(workload.targets, name)
