@@ -16,13 +16,13 @@ from ..profiles.interconnect import interconnect
 from ..profiles.model_catalog import model
 from ..profiles.yaml_file import Document, read_yaml
 from .matrix_file import Names, Word, listed, read_with
+from .money_file import Dollars, MoneyKeys, device_prices
 from .options import parse_image
 
 Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=1_010_000)]
 Parallel = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Dollars = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -81,10 +81,7 @@ class SiteKeys(_Strict):
     seats: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
-class MoneyKeys(_Strict):
-    kwh_price_usd: Dollars | None = None
-    device_price_usd: dict[str, Dollars] = {}
-    years: Annotated[float, Field(gt=0, le=50, allow_inf_nan=False)] | None = None
+class TariffKeys(MoneyKeys):
     api_price_usd_per_million_tokens: Dollars | None = None
 
 
@@ -106,7 +103,7 @@ class ReportKeys(_Strict):
     deployment: Annotated[list[SiteKeys], BeforeValidator(listed), Field(min_length=1, max_length=20)]
     candidates: Names | None = None
     workload: WorkloadKeys
-    money: MoneyKeys = MoneyKeys()
+    money: TariffKeys = TariffKeys()
 
 
 def read_workload(path: str) -> Question:
@@ -148,7 +145,7 @@ def read_workload(path: str) -> Question:
         nodes=keys.nodes,
         interconnect=keys.interconnect,
     )
-    prices = _prices(document, keys.money)
+    prices = tuple(device_prices(document, keys.money).items())
     return Question(
         title=keys.title,
         source=os.path.basename(document.where),
@@ -158,19 +155,6 @@ def read_workload(path: str) -> Question:
         workload=load,
         tariff=Tariff(keys.money.kwh_price_usd, prices, keys.money.years, keys.money.api_price_usd_per_million_tokens),
     )
-
-
-def _prices(document: Document, keys: MoneyKeys) -> tuple[tuple[str, float], ...]:
-    """By the catalog's names."""
-    found = {}
-    for name, price in keys.device_price_usd.items():
-        at = ("money", "device_price_usd", name)
-        _known(document, at, lambda name=name: devices_of(name))
-        device, *others = devices_of(name)
-        if others:
-            raise document.error(at, f"{name}: give the price of one device")
-        found[device.name] = price
-    return tuple(found.items())
 
 
 def _workload(document: Document, keys: WorkloadKeys) -> Workload:
