@@ -10,7 +10,7 @@ from .cholesky import Factor, factorize
 from .gguf_matrix import GgufMatrix, round_matrix, solve_matrix
 from .gptq import gptq
 from .grid import Grid, rtn
-from .hessian import Hessian, output_error
+from .hessian import Cross, Hessian, output_error
 from .quantized import Quantized, Scheme
 from .workers import Here, RayCluster
 
@@ -75,7 +75,7 @@ def solve_module(
     order: Tensor | None,
     factor: Factor,
     mean: Tensor,
-    cross: Tensor | None,
+    cross: Cross | None,
 ) -> Solved:
     """GPTQ of one matrix [O, I]; mean: H, float32 [I, I], of which `factor` is."""
     if scheme.kind:
@@ -86,7 +86,7 @@ def solve_module(
 
 
 def _solve_groups(
-    weight: Tensor, scheme: Scheme, factor: Factor, scale_dtype: torch.dtype, cross: Tensor | None
+    weight: Tensor, scheme: Scheme, factor: Factor, scale_dtype: torch.dtype, cross: Cross | None
 ) -> Quantized:
     codes, scales, zeros = gptq(
         weight,

@@ -228,6 +228,29 @@ modules:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_moe", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"format": "gguf"}, False, True),
+        ({"format": "gguf"}, True, False),
+        ({"bits": 8}, False, False),
+        ({"method": "awq"}, False, False),
+        ({"full_precision_targets": False}, False, False),
+        ({"full_precision_targets": True}, True, True),
+    ],
+)
+def test_gptq_of_dense_models_has_full_precision_targets(changes: dict[str, Any], is_moe: bool, expected: bool) -> None:
+    assert Recipe(**changes).completed(is_moe).full_precision_targets is expected
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gguf"])
+def test_full_precision_targets_are_for_gptq(form: str) -> None:
+    with pytest.raises(Unsupported, match="leave out --gptaq, or --method rtn"):
+        Recipe(full_precision_targets=True, method="rtn", format=form).completed(is_moe=False)
+
+
 @pytest.mark.parametrize("is_moe", [True, False])
 def test_a_resolved_recipe_reads_back_as_itself(is_moe: bool, tmp_path: Path) -> None:
     whole = Recipe(seed=7, lm_head=8, modules=(Rule(r"a\.b'\"#: |", 8, 64), Rule("ü", 16))).completed(is_moe)
