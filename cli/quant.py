@@ -106,7 +106,8 @@ def _quantize(
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="text, JSONL or Parquet")] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="of calibration text")] = 8192,
     gptaq: Annotated[
-        bool | None, typer.Option("--gptaq/--no-gptaq", help="aim at the full-precision outputs [default: if dense]")
+        bool | None,
+        typer.Option("--gptaq/--no-gptaq", help="aim at the full-precision outputs [default: dense, up to 4B]"),
     ] = None,
     fit: Annotated[str | None, typer.Option(metavar="DEVICE", help="mix 4 and 8 bits so that it fits there")] = None,
     ctx: Annotated[str, typer.Option(metavar="TOKENS", help="of --fit: per sequence; 131072, 128K")] = "32768",

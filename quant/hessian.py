@@ -110,13 +110,13 @@ class Hessian:
             raise ValueError("no tokens were added: there is no mean")
         return mirror(total, 1 / self.tokens)
 
-    def cross_mean(self) -> Cross:
-        """The mean over the tokens that came with a reference. ValueError where it was not asked for, or without
-        tokens."""
+    def cross_mean(self, unmoved: int = 0) -> Cross:
+        """The mean over the tokens that came with a reference, and over `unmoved` more, as if both streams had agreed
+        on those. ValueError where it was not asked for, or without tokens."""
         total, self._cross_sum = self._cross_sum, None
         if total is None or not self.cross_tokens:
             raise ValueError("no cross term was summed: create the Hessian with cross=True and add tokens")
-        return Cross(total.mul_(1 / self.cross_tokens), self._weight is not None)
+        return Cross(total.mul_(1 / (self.cross_tokens + unmoved)), self._weight is not None)
 
 
 def product_is_less(rows: int, columns: int, tokens: int) -> bool:

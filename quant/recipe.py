@@ -31,6 +31,9 @@ GROUP_SIZES = (32, 64, 128, -1)
 GGUF_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q6_K": 6, "Q8_0": 8}
 GGUF_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 """Of GGML's block types that are written: their bits, and what is taken for so many bits."""
+TARGET_COLUMNS = 9216
+"""Those of down_proj of the 4B. At 12,288 (9B) the second pass takes a layer of 8,192 tokens beyond 3 CPU-minutes on
+two ordinary cores (docs/quantization.md), so there --gptaq has to be asked for."""
 KEEP = 16
 FLAGS = ("symmetric", "full_precision_targets")
 PARTS = ("lm_head", "embeddings", "shared_experts", "mtp")
@@ -57,8 +60,8 @@ class Recipe:
     groups; None for the one of `bits`. activation_bits: 8 for W8A8. lm_head, embeddings, shared_experts, mtp: bits, 16
     keeps them; 6 and quantized embeddings are for GGUF files, which engines read so.
     calibration: a file, None the text that ships with the package. full_precision_targets: gptq aims at the outputs of
-    the full-precision stream (GPTAQ), for a second forward pass per layer; None is yes, but for mixtures of experts:
-    their experts have no such targets, and what is left of the gain was not measured.
+    the full-precision stream (GPTAQ), for a second forward pass per layer; None is yes for dense models of at most
+    TARGET_COLUMNS columns. Experts have no such targets, and what is left of the gain was not measured.
     """
 
     bits: int = 4
@@ -102,10 +105,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return self.method in ("gptq", "awq")
 
-    def completed(self, is_moe: bool) -> "Recipe":
-        """With what was left open. `Unsupported` for combinations that no format or loader has."""
+    def completed(self, is_moe: bool, columns: int) -> "Recipe":
+        """With what was left open; columns: of the model's widest matrix. `Unsupported` for combinations that no format
+        or loader has."""
         if self.format == "gguf":
-            return self._completed_for_gguf(is_moe)
+            return self._completed_for_gguf(is_moe, columns)
         if self.gguf_type:
             raise Unsupported(f"{self.gguf_type} is a type of GGUF files: add --format gguf")
         if 6 in (self.bits, *(getattr(self, part) for part in PARTS), *(rule.bits for rule in self.modules)):
@@ -118,7 +122,7 @@ class Recipe:
             # compressed-tensors with zero points loads everywhere but in experts (`compressed_tensors_file.py`).
             takes_zeros = self.format == "awq" or (self.format == "compressed-tensors" and not is_moe)
             symmetric = not (takes_zeros and self.bits == 4)
-        targets = self._targets(method, is_moe)
+        targets = self._targets(method, is_moe, columns)
         whole = replace(self, method=method, symmetric=symmetric, full_precision_targets=targets)
         if whole.activation_bits:
             whole = replace(whole, bits=8, group_size=-1, symmetric=True)
@@ -130,7 +134,7 @@ class Recipe:
             raise Unsupported("8-bit weights are written symmetric: leave out --asym")
         return whole
 
-    def _completed_for_gguf(self, is_moe: bool) -> "Recipe":
+    def _completed_for_gguf(self, is_moe: bool, columns: int) -> "Recipe":
         kind = self.gguf_type or GGUF_TYPES[self.bits]
         bits = GGUF_BITS[kind]
         method = self.method or ("rtn" if bits == 8 else "gptq")
@@ -138,13 +142,15 @@ class Recipe:
             raise Unsupported("--method awq is for folders; GGUF files take gptq (K-quants too) and rtn")
         if self.activation_bits:
             raise Unsupported("GGUF stores weights only: W8A8 is for --format compressed-tensors")
-        targets = self._targets(method, is_moe)
+        targets = self._targets(method, is_moe, columns)
         return replace(self, bits=bits, gguf_type=kind, method=method, symmetric=None, full_precision_targets=targets)
 
-    def _targets(self, method: str, is_moe: bool) -> bool:
+    def _targets(self, method: str, is_moe: bool, columns: int) -> bool:
         if self.full_precision_targets and method != "gptq":
             raise Unsupported(f"full-precision targets are for gptq: leave out --gptaq, or --method {method}")
-        return method == "gptq" and not is_moe if self.full_precision_targets is None else self.full_precision_targets
+        if self.full_precision_targets is not None:
+            return self.full_precision_targets
+        return method == "gptq" and not is_moe and columns <= TARGET_COLUMNS
 
     def text(self) -> str:
         """The recipe as YAML, resolved: what is written beside the checkpoint."""

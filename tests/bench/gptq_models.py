@@ -159,12 +159,13 @@ def solved(layers: list[Any], streams: list[Any], leaves: set[str], grid: Grid, 
     from qwenfit.quant.layer_solver import accumulated
     from qwenfit.quant.modules import STAGES
     from qwenfit.quant.quantized import Quantized
+    from qwenfit.quant.solve import UNMOVED_PER_COLUMN
 
     found = {}
     for stage in layers[0].stages:
         inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
         hessian = accumulated(inputs, [layers[0].weights[leaf] for leaf in STAGES[stage] if leaf in leaves])
-        cross = hessian.cross_mean() if hessian.has_cross else None
+        cross = hessian.cross_mean(UNMOVED_PER_COLUMN * hessian.columns) if hessian.has_cross else None
         factor = factorize(hessian.mean(), damping=damping, overwrite=True)
         for leaf in leaves.intersection(STAGES[stage]):
             weight = layers[0].weights[leaf]
