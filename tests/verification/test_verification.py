@@ -44,7 +44,7 @@ def made(
     return Verification(**{**fields, **told})
 
 
-shares = st.floats(0.5, 2)
+shares = st.just(1.0) | st.just(1.0) | st.floats(0.5, 2)  # mostly right, so that each fault is met alone
 
 
 @settings(max_examples=100, deadline=None)
