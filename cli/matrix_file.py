@@ -9,6 +9,8 @@
         must_fit: true                   # the default
         min_decode_tokens_per_s: 20
         max_memory_bytes: 11GiB          # of the fullest device; or a number of bytes
+        job_tokens: 78m                  # hours, kWh and USD of so many output tokens
+    money: {kwh_price_usd: 0.25, device_price_usd: {rtx3060: 300}, years: 3}   # of a job; optional
 
 Also engine, weights, kv_dtype, state_dtype, mtp, vision, tp, pp, in the words of the command's options of those names.
 """
@@ -20,13 +22,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from ..planner.matrix import Cell, Requirements, cells_of, refuse_duplicates
-from ..planner.request import Request
+from ..planner.request import Prices, Request
 from ..planner.tokens import parse_tokens
 from ..profiles.box import devices_of
 from ..profiles.device_names import devices
 from ..profiles.errors import BadInput, QwenfitError
+from ..profiles.frozen import replace
 from ..profiles.model_catalog import model, models
 from ..profiles.yaml_file import Document, read_yaml
+from .money_file import MoneyKeys, device_prices
 from .options import parse_bytes
 
 ALL = "all"
@@ -70,6 +74,7 @@ class Row(BaseModel):
     must_fit: bool | None = None
     min_decode_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_memory_bytes: Annotated[int, read_with(parse_bytes), Field(gt=0)] | None = None
+    job_tokens: Annotated[int, read_with(parse_tokens), Field(ge=1, le=10**15)] | None = None
     engine: Word | None = None
     weights: Word | None = None
     kv_dtype: Word | None = None
@@ -85,6 +90,7 @@ class Matrix(BaseModel):
 
     defaults: Row = Row()
     rows: Annotated[list[Row], Field(min_length=1, max_length=5000)]
+    money: MoneyKeys = MoneyKeys()
 
 
 FIXED = ("engine", "weights", "kv_dtype", "state_dtype", "mtp", "vision", "tp", "pp")
@@ -94,7 +100,12 @@ def read_matrix(path: str) -> tuple[str, list[Cell]]:
     """(the file's name, its cells in order). BadInput, with file and line, for anything that is wrong in it."""
     document = read_yaml(path)
     matrix = document.checked(Matrix)
-    cells = [cell for place, row in enumerate(matrix.rows) for cell in _cells(document, matrix.defaults, row, place)]
+    prices = device_prices(document, matrix.money)
+    cells = [
+        _priced(cell, matrix.money, prices)
+        for place, row in enumerate(matrix.rows)
+        for cell in _cells(document, matrix.defaults, row, place)
+    ]
     refuse_duplicates(cells, document.where)
     return document.where, cells
 
@@ -104,7 +115,9 @@ def _cells(document: Document, defaults: Row, row: Row, place: int) -> Iterator[
     at = ("rows", place)
     if "device" not in said:
         raise document.error(at, "device is missing: name one, several in brackets, or all")
-    base = Request(**{name: said[name] for name in FIXED if name in said})
+    base = Request(
+        **{name: said[name] for name in FIXED if name in said}, prices=Prices(job_tokens=said.get("job_tokens"))
+    )
     asked = Requirements(said.get("must_fit", True), said.get("min_decode_tokens_per_s"), said.get("max_memory_bytes"))
     yield from cells_of(
         document.line(at),
@@ -121,6 +134,17 @@ def _cells(document: Document, defaults: Row, row: Row, place: int) -> Iterator[
         said.get("seqs", [1]),
         asked,
     )
+
+
+def _priced(cell: Cell, money: MoneyKeys, prices: dict[str, float]) -> Cell:
+    """The cell with what its devices cost together; energy alone counts where the price of one is not given."""
+    request = cell.request
+    if request.prices.job_tokens is None:
+        return cell
+    names = [device.name for spec in request.devices for device in devices_of(spec)]
+    cost = sum(prices[name] for name in names) if all(name in prices for name in names) else None
+    priced = replace(request.prices, usd_per_kwh=money.kwh_price_usd, device_usd=cost, years=money.years)
+    return replace(cell, request=replace(request, prices=priced))
 
 
 def _named(

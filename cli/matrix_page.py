@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from json import dumps
 
 from ..planner.matrix import GIB, Change, Interval, Verdict
+from ..planner.money import Tariff
 from .github import annotation, append
 from .markdown import escaped, grid
 from .output import Screen, clean, columns, wrapped
@@ -14,6 +15,7 @@ MAX_SUMMARY_BYTES = 1 << 20  # of one step
 MAX_ROWS = 300  # in a comment, which GitHub cuts at 65,536 characters
 TITLES = ("device", "model", "context", "seqs", "verdict", "engine", "weights", "KV cache", "memory GiB", "tokens/s")
 RIGHT = (2, 3, 8, 9)
+JOB_TITLES = ("hours", "kWh", "USD")
 MARKS = {"worse": "✗", "better": "✓", "changed": "~", "new": "+", "gone": "-"}
 
 
@@ -29,11 +31,14 @@ def document(where: str, verdicts: Sequence[Verdict], changes: Sequence[Change] 
 
 
 def table(verdicts: Sequence[Verdict], changes: Sequence[Change] | None, screen: Screen) -> str:
-    lines = columns([TITLES, *([clean(cell) for cell in _row(one)] for one in verdicts)], RIGHT)
+    titles, right, jobs = _columns(verdicts)
+    lines = columns([titles, *([clean(cell) for cell in _row(one, bool(jobs))] for one in verdicts)], right)
     for one in verdicts:
         for what in (*one.failures, *one.cautions):
             told = f"{_asked(one)} (line {one.cell.line}): {clean(what)}"
             lines += wrapped(told, screen.width, first="  - ", rest="    ")
+    for told in jobs:
+        lines += ["", *wrapped(told, screen.width)]
     lines += ["", *wrapped(_count(verdicts), screen.width)]
     if changes is not None:
         lines += ["", clean(_changed(changes))]
@@ -53,12 +58,16 @@ def markdown(where: str, verdicts: Sequence[Verdict], changes: Sequence[Change] 
     failed = [(_asked(one), "; ".join(one.failures)) for one in verdicts if one.failures]
     if failed:
         lines += ["**Failed**", "", *grid(("cell", "why"), failed[:MAX_ROWS]), ""]
+    titles, right, jobs = _columns(verdicts)
+    if jobs:
+        asked = [(_asked(one), *_job_row(one)) for one in verdicts if one.job_hours][:MAX_ROWS]
+        lines += [*grid(("cell", *JOB_TITLES), asked, (1, 2, 3)), "", *jobs, ""]
     shown = verdicts[:MAX_ROWS]
     rest = f" (the first {MAX_ROWS} of {len(verdicts)})" if len(verdicts) > MAX_ROWS else ""
     lines += [
         f"<details><summary>All cells{rest}</summary>",
         "",
-        *grid(TITLES, map(_row, shown), RIGHT),
+        *grid(titles, (_row(one, bool(jobs)) for one in shown), right),
         "",
         "</details>",
     ]
@@ -114,7 +123,32 @@ def _job(verdict: Verdict) -> dict[str, object]:
     }
 
 
-def _row(one: Verdict) -> tuple[str, ...]:
+def _columns(verdicts: Sequence[Verdict]) -> tuple[tuple[str, ...], tuple[int, ...], list[str]]:
+    """Titles, which of them stand to the right, and a sentence on what the columns of a job count; none, no columns."""
+    asked = [one.cell.request.prices for one in verdicts if one.cell.request.prices.job_tokens]
+    if not asked:
+        return TITLES, RIGHT, []
+    tariff = Tariff(asked[0].usd_per_kwh, (), asked[0].years, None)
+    sizes = sorted({prices.job_tokens or 0 for prices in asked})
+    devices = f" and the devices over {tariff.term_years:g} years of such work, where their price is given"
+    told = (
+        f"A job of {' or '.join(f'{size:,}' for size in sizes)} output tokens, decoded without pause: USD are energy "
+        f"at {tariff.kwh:g} a kWh{devices if any(prices.device_usd is not None for prices in asked) else ' alone'}. "
+        "Reading the prompts, host and cooling are not counted."
+    )
+    right = (*RIGHT, *range(len(TITLES), len(TITLES) + len(JOB_TITLES)))
+    return (*TITLES, *JOB_TITLES), right, [told]
+
+
+def _job_row(one: Verdict) -> tuple[str, ...]:
+    return tuple(_interval(amount, 1, _digits(amount)) for amount in (one.job_hours, one.job_kwh, one.job_usd))
+
+
+def _digits(amount: Interval | None) -> int:
+    return 0 if amount is None or amount[1] >= 100 else 1 if amount[1] >= 1 else 3
+
+
+def _row(one: Verdict, with_job: bool) -> tuple[str, ...]:
     request = one.cell.request
     return (
         ",".join(request.devices),
@@ -127,6 +161,7 @@ def _row(one: Verdict) -> tuple[str, ...]:
         one.kv_dtype or "-",
         _interval(one.memory_bytes, GIB, 2),
         _interval(one.decode_tokens_per_s, 1, 0),
+        *(_job_row(one) if with_job else ()),
     )
 
 

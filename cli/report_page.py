@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..planner.money import Bill
-from ..planner.report import Kind, Report, setup, sources
+from ..planner.report import Kind, Report, pays, setup, sources
+from ..planner.speed import drafts
 from ..planner.whatif import Memory, WhatIf, Width
 
 GIB = 1 << 30
@@ -182,6 +183,13 @@ def _throughput(found: Report, widths: tuple[Width, ...]) -> Section:
         f"One replica of {found.kinds[0].replica.title} that only decodes, every sequence at the mean length of "
         f"{found.mean_tokens:,} tokens."
     ]
+    plan = found.kinds[0].replica.plan
+    if plan.mtp:
+        gained = drafts(plan, found.mean_tokens)
+        says.append(
+            f"With {plan.mtp} draft token{'s' if plan.mtp > 1 else ''} a pass brings {gained.tokens_per_pass:.2f} "
+            f"tokens of a sequence: {pays(gained.pays_up_to_seqs)} at that length."
+        )
     titles = ("sequences", "tokens/s of all", "cautious", "tokens/s of each")
     return Section(
         "Tokens per second over concurrency", says, ("throughput", "each"), (Table(titles, rows, (0, 1, 2, 3)),)

@@ -1,6 +1,7 @@
 """The capacity report as Markdown, as JSON, and the answer alone for a terminal."""
 
 from ..planner.report import Kind, Report, plain, sources
+from ..planner.speed import drafts
 from .markdown import escaped, grid
 from .output import clean, wrapped
 from .report_page import Extras, Page
@@ -31,7 +32,7 @@ def document(found: Report, extras: Extras) -> dict[str, object]:
         "failures": list(found.failures),
         "cautious_failures": list(found.slow_failures),
         "tokens_per_s": found.tokens_per_s,
-        "replicas": [_kind_json(kind) for kind in found.kinds],
+        "replicas": [_kind_json(kind, found.mean_tokens) for kind in found.kinds],
         "load": plain(found.load),
         "candidates": plain(found.candidates),
         "cost": plain(found.bill),
@@ -42,7 +43,7 @@ def document(found: Report, extras: Extras) -> dict[str, object]:
     }
 
 
-def _kind_json(kind: Kind) -> dict[str, object]:
+def _kind_json(kind: Kind, mean_tokens: int) -> dict[str, object]:
     one = kind.replica
     return {
         "devices": one.devices,
@@ -55,6 +56,7 @@ def _kind_json(kind: Kind) -> dict[str, object]:
         "limits": plain(one.limits),
         "reuse_tokens": one.reuse_tokens,
         "step_time": plain(one.step),
+        "drafts": drafts(one.plan, mean_tokens).to_json() if one.plan.mtp else None,
         "measured": plain(kind.measured),
         "cautious": plain(kind.slow),
         "fewest": plain(kind.fewest),

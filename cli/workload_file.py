@@ -16,13 +16,13 @@ from ..profiles.interconnect import interconnect
 from ..profiles.model_catalog import model
 from ..profiles.yaml_file import Document, read_yaml
 from .matrix_file import Names, Word, listed, read_with
+from .money_file import Dollars, MoneyKeys, device_prices
 from .options import parse_image
 
 Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=1_010_000)]
 Parallel = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Dollars = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -47,6 +47,7 @@ Parts = Annotated[list[LengthPart], BeforeValidator(listed), Field(min_length=1,
 class PrefixKeys(_Strict):
     tokens: Tokens
     share: Share = 1.0
+    image: Annotated[int, read_with(parse_image), Field(ge=1, le=65536)] | None = None
 
 
 class ImageKeys(_Strict):
@@ -80,10 +81,7 @@ class SiteKeys(_Strict):
     seats: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
-class MoneyKeys(_Strict):
-    kwh_price_usd: Dollars | None = None
-    device_price_usd: dict[str, Dollars] = {}
-    years: Annotated[float, Field(gt=0, le=50, allow_inf_nan=False)] | None = None
+class TariffKeys(MoneyKeys):
     api_price_usd_per_million_tokens: Dollars | None = None
 
 
@@ -94,6 +92,7 @@ class ReportKeys(_Strict):
     weights: Word | None = None
     kv_dtype: Word | None = None
     state_dtype: Literal["float32", "bfloat16"] | None = None
+    mtp: Annotated[int, Field(ge=0, le=16)] = 0  # draft tokens
     ctx_tokens: Tokens | None = None
     tp: Parallel | None = None
     pp: Parallel | None = None
@@ -104,7 +103,7 @@ class ReportKeys(_Strict):
     deployment: Annotated[list[SiteKeys], BeforeValidator(listed), Field(min_length=1, max_length=20)]
     candidates: Names | None = None
     workload: WorkloadKeys
-    money: MoneyKeys = MoneyKeys()
+    money: TariffKeys = TariffKeys()
 
 
 def read_workload(path: str) -> Question:
@@ -137,7 +136,8 @@ def read_workload(path: str) -> Question:
         weights=keys.weights,
         kv_dtype=keys.kv_dtype,
         state_dtype=keys.state_dtype,
-        vision=bool(load.images),
+        mtp=keys.mtp,
+        vision=load.sees_images,
         tp=keys.tp,
         pp=keys.pp,
         dp=keys.dp,
@@ -145,7 +145,7 @@ def read_workload(path: str) -> Question:
         nodes=keys.nodes,
         interconnect=keys.interconnect,
     )
-    prices = _prices(document, keys.money)
+    prices = tuple(device_prices(document, keys.money).items())
     return Question(
         title=keys.title,
         source=os.path.basename(document.where),
@@ -157,19 +157,6 @@ def read_workload(path: str) -> Question:
     )
 
 
-def _prices(document: Document, keys: MoneyKeys) -> tuple[tuple[str, float], ...]:
-    """By the catalog's names."""
-    found = {}
-    for name, price in keys.device_price_usd.items():
-        at = ("money", "device_price_usd", name)
-        _known(document, at, lambda name=name: devices_of(name))
-        device, *others = devices_of(name)
-        if others:
-            raise document.error(at, f"{name}: give the price of one device")
-        found[device.name] = price
-    return tuple(found.items())
-
-
 def _workload(document: Document, keys: WorkloadKeys) -> Workload:
     prefix, images = keys.shared_prefix, keys.images
     load = Workload(
@@ -179,8 +166,8 @@ def _workload(document: Document, keys: WorkloadKeys) -> Workload:
         users=keys.users,
         think_s=keys.think_s,
         burstiness=keys.burstiness,
-        prefix=Prefix(prefix.tokens, prefix.share) if prefix else None,
-        images=Images(images.size * images.count, images.share) if images else None,
+        prefix=Prefix(prefix.tokens, prefix.share, prefix.image or 0) if prefix else None,
+        images=Images(images.size * images.count, images.share, images.count) if images else None,
         targets=Targets(keys.targets.p95_ttft_s, keys.targets.p95_tpot_s),
     )
     try:

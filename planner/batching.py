@@ -1,10 +1,15 @@
 """Continuous batching, simulated event by event with the engine's own limits.
 
 The rules are those of vLLM 0.32 (v1/core/sched/scheduler.py `schedule`, first come first served): in each step every
-running sequence decodes one token, and what is left of the token budget goes to prompts in order of arrival, in chunks.
+running sequence decodes, and what is left of the token budget goes to prompts in order of arrival, in chunks.
 A waiting request is admitted while there are seats and blocks for its whole prompt; a sequence that needs a block when
 none is free preempts the one admitted last, which gives up its blocks and is computed again from the start, at the head
 of the queue. SGLang is the same with blocks of one token; llama-server has no blocks: a slot has its context to itself.
+
+With draft tokens every pass of a sequence takes `rows_per_seq` rows of the budget and of its blocks, and advances it by
+`tokens_per_seq`, the mean of the speed model: an answer of n tokens after its first takes the smallest number of passes
+that yields n. Nothing is drawn: what a text's own acceptance changes is in the speed model's interval. The vision tower
+runs once per image, in the step that begins the prompt (vLLM `_execute_mm_encoder`), so that everybody waits for it.
 
 Between events (an arrival that can be admitted, an answer that ends, blocks that run out) nothing but lengths changes:
 step time is linear in the total context, so any number of steps is summed in closed form. Where the step's bound
@@ -14,7 +19,7 @@ changes on the way the stretch is halved until it is linear.
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from typing import Protocol
 
 from ..profiles.frozen import dataclass
@@ -24,11 +29,19 @@ LINEAR = 1e-7  # relative: how far the middle of a stretch may lie from its stra
 
 
 class Step(Protocol):
-    """What `steps.StepTime` answers, in seconds."""
+    """What `steps.StepTime` answers, in seconds, and what a decoding sequence takes and gains in a pass."""
+
+    @property
+    def rows_per_seq(self) -> int: ...
+
+    @property
+    def tokens_per_seq(self) -> float: ...
 
     def step_s(
-        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int, /
+        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: float, /
     ) -> float: ...
+
+    def image_s(self, image_tokens: int, /) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,7 @@ class Served:
     preemptions: int
     end_s: float  # when the last answer ended
     busy_s: float  # in steps
+    tower_s: float  # of that: images in the vision tower
     running_s: float  # seats in use, integrated over time
     seatless_s: float  # with somebody waiting and every seat taken
     decode_tokens: int
@@ -68,28 +82,33 @@ class Served:
 
 def simulate(step: Step, limits: Limits, load: Load) -> Served:
     """Serve a load until the last answer ends."""
-    return _Engine(step.step_s, limits, load).run()
+    return _Engine(step, limits, load).run()
 
 
 class _Engine:
-    """One replica. Sequence i, once it decodes, holds `steps + base[i]` tokens of context: one more with every step."""
+    """One replica. Sequence i, once it decodes, holds `advance * steps + base[i]` tokens of context: with every step
+    `advance` more."""
 
-    def __init__(self, step_s: Callable[[int, int, int, int], float], limits: Limits, load: Load) -> None:
+    def __init__(self, step: Step, limits: Limits, load: Load) -> None:
         count = len(load.new_tokens)
-        self.step_s, self.limits, self.load = step_s, limits, load
+        self.step_s: Callable[[int, int, int, float], float] = step.step_s
+        self.limits, self.load = limits, load
+        self.rows, self.advance = step.rows_per_seq, step.tokens_per_seq if step.tokens_per_seq != 1 else 1
+        self.images = _tower_s(step, load)
         self.arrival, self.admitted = [0.0] * count, [0.0] * count
         self.first, self.finish = [-1.0] * count, [-1.0] * count
-        self.base = [0] * count
+        self.base: list[float] = [0] * count
         self.ends_at = [0] * count  # the step after which it has its last token; 0: it does not decode
         self.generated = [0] * count  # tokens that survive a preemption: they are computed again with the prompt
-        self.now = self.busy = self.running_area = self.seatless = 0.0
-        self.steps = self.engine_steps = self.decode_tokens = self.prefill_tokens = self.preemptions = 0
+        self.now = self.busy = self.tower = self.running_area = self.seatless = 0.0
+        self.steps = self.engine_steps = self.prefill_tokens = self.preemptions = 0
         self.arrived = self.peak_waiting = self.peak_blocks = 0
         self.waiting: deque[int] = deque()
         self.prefilling: deque[list[int]] = deque()  # [request, tokens left, tokens there]
         self.ending: list[tuple[int, int]] = []  # heap of (step, request); stale where ends_at says otherwise
         self.order: list[int] = []  # running, as admitted; ended ones are dropped when they are met
-        self.decoding = self.context = 0  # sequences, and the sum of their contexts
+        self.decoding = 0  # sequences
+        self.context: float = 0  # the sum of their contexts
         self.whole = 0  # sum of base // block over decoding sequences
         self.residues = [0] * limits.block_tokens  # how many of them have base % block
         self.held = 0  # blocks of prompts being computed
@@ -115,9 +134,11 @@ class _Engine:
                 self._mixed_step()
             else:
                 self._decode_steps()
+        outputs = self.load.output_tokens
+        decoded = sum(tokens for tokens, finished in zip(outputs, self.finish, strict=True) if finished >= 0)
         return Served(
-            self.arrival, self.admitted, self.first, self.finish, self.load.output_tokens, self.preemptions, self.now,
-            self.busy, self.running_area, self.seatless, self.decode_tokens, self.prefill_tokens, self.peak_blocks,
+            self.arrival, self.admitted, self.first, self.finish, outputs, self.preemptions, self.now, self.busy,
+            self.tower, self.running_area, self.seatless, decoded, self.prefill_tokens, self.peak_blocks,
             self.peak_waiting, self.engine_steps,
         )  # fmt: skip
 
@@ -138,7 +159,7 @@ class _Engine:
                 heappop(self.due)
             if limits.num_blocks is not None:
                 total = load.new_tokens[request] + load.cached_tokens[request] + load.output_tokens[request]
-                if limits.blocks(total) > limits.num_blocks:
+                if limits.blocks(total + self.rows - 1) > limits.num_blocks:
                     self._leave(request, refused=True)
                     self.next_s = self._next_arrival()
                     continue
@@ -150,13 +171,13 @@ class _Engine:
     def _admit(self) -> None:
         """First come, first served, while there are seats, blocks and tokens left in this step's budget."""
         limits, load = self.limits, self.load
-        budget = limits.max_num_batched_tokens - self.decoding - sum(entry[1] for entry in self.prefilling)
+        budget = limits.max_num_batched_tokens - self.decoding * self.rows - sum(entry[1] for entry in self.prefilling)
         while self.waiting and budget > 0 and self.decoding + len(self.prefilling) < limits.max_num_seqs:
             request = self.waiting[0]
             new = load.new_tokens[request] + self.generated[request]
             there = load.cached_tokens[request]
             if limits.num_blocks is not None:
-                need = limits.blocks(new + there + 1)
+                need = limits.blocks(new + there + self.rows)
                 if need > self._free(1) and (self.decoding or self.prefilling):
                     return
                 self.held += need
@@ -168,15 +189,15 @@ class _Engine:
             budget -= new
 
     def _blocks(self, ahead: int) -> int:
-        """Blocks held after `ahead` more steps, if nothing starts or ends."""
+        """Blocks that the last of `ahead` more steps needs, if nothing starts or ends."""
         block = self.limits.block_tokens
-        turns, offset = divmod(self.steps + ahead, block)
+        turns, offset = divmod(int(self.advance * (self.steps + ahead - 1)) + self.rows, block)
         beyond = sum(self.residues[block - offset + 1 :]) - (0 if offset else self.residues[0])
         return self.whole + self.decoding * (turns + 1 + self.limits.blocks_per_seq) + beyond + self.held
 
     def _most(self, ahead: int) -> int:
         """At least `_blocks`, at a fraction of its price."""
-        turns = (self.steps + ahead) // self.limits.block_tokens
+        turns = (int(self.advance * (self.steps + ahead - 1)) + self.rows) // self.limits.block_tokens
         return self.whole + self.decoding * (turns + 2 + self.limits.blocks_per_seq) + self.held
 
     def _free(self, ahead: int) -> int:
@@ -190,9 +211,9 @@ class _Engine:
                 self._preempt()
             if not self.prefilling:
                 return
-        budget = max(1, limits.max_num_batched_tokens - self.decoding)
-        tokens = pairs = 0
-        done = 0
+        budget = max(1, limits.max_num_batched_tokens - self.decoding * self.rows)
+        tokens = pairs = done = 0
+        images, tower_s = self.images, 0.0
         for entry in self.prefilling:
             chunk = min(entry[1], budget - tokens)
             if chunk <= 0:
@@ -202,9 +223,12 @@ class _Engine:
             entry[2] += chunk
             tokens += chunk
             done += not entry[1]
+            if images:
+                tower_s += images.pop(entry[0], 0.0)
         spent = self.step_s(tokens, pairs, self.decoding, self.context)
         self.prefill_tokens += tokens
-        self._pass(spent, 1)
+        self.tower += tower_s
+        self._pass(spent + tower_s, 1)
         for _ in range(done):
             request, _, there = self.prefilling.popleft()
             self._first_token(request, there)
@@ -217,19 +241,19 @@ class _Engine:
         if self.first[request] < 0:
             self.first[request] = self.now
         if limits.num_blocks is not None:
-            self.held -= limits.blocks(there + 1)
+            self.held -= limits.blocks(there + self.rows)
         left = self.load.output_tokens[request] - self.generated[request] - 1
-        self.decode_tokens += 1
         if left <= 0:
             self._leave(request)
             return
-        base = there + 1 - self.steps
+        base = there + 1 - self.advance * self.steps
         self.base[request] = base
-        self.ends_at[request] = self.steps + left
-        heappush(self.ending, (self.steps + left, request))
+        last = self.steps + (left if self.advance == 1 else ceil(left / self.advance - 1e-9))
+        self.ends_at[request] = last
+        heappush(self.ending, (last, request))
         self.decoding += 1
         self.context += there + 1
-        whole, rest = divmod(base, limits.block_tokens)
+        whole, rest = divmod(ceil(base), limits.block_tokens)
         self.whole += whole
         self.residues[rest] += 1
 
@@ -237,7 +261,7 @@ class _Engine:
         """As many steps as nothing but lengths changes in."""
         if not self.decoding:
             return
-        limits = self.limits
+        limits, advance = self.limits, self.decoding * self.advance
         while self.ends_at[self.ending[0][1]] != self.ending[0][0]:
             heappop(self.ending)
         count = self.ending[0][0] - self.steps
@@ -248,14 +272,14 @@ class _Engine:
                 return
         start, width = self.context, self.decoding
         first = self.step_s(0, 0, width, start)
-        last = first if count == 1 else self.step_s(0, 0, width, start + width * (count - 1))
+        last = first if count == 1 else self.step_s(0, 0, width, start + advance * (count - 1))
         while count > 2:
-            middle = self.step_s(0, 0, width, start + width * ((count - 1) // 2))
+            middle = self.step_s(0, 0, width, start + advance * ((count - 1) // 2))
             line = first + (last - first) * ((count - 1) // 2) / (count - 1)
             if abs(line - middle) <= LINEAR * middle:
                 break
             count //= 2
-            last = self.step_s(0, 0, width, start + width * (count - 1))
+            last = self.step_s(0, 0, width, start + advance * (count - 1))
         slope = (last - first) / (count - 1) if count > 1 else 0.0
         open_seat = not self.waiting and width < limits.max_num_seqs
         if open_seat and self.now + count * (first + last) / 2 > self.next_s:
@@ -288,8 +312,7 @@ class _Engine:
             self.seatless += spent_s
         self.steps += steps
         self.engine_steps += steps
-        self.context += self.decoding * steps
-        self.decode_tokens += self.decoding * steps
+        self.context += self.decoding * self.advance * steps
         ending = self.ending
         while ending and ending[0][0] <= self.steps:
             step, request = heappop(ending)
@@ -301,8 +324,8 @@ class _Engine:
         base = self.base[request]
         self.ends_at[request] = 0
         self.decoding -= 1
-        self.context -= self.steps + base
-        whole, rest = divmod(base, self.limits.block_tokens)
+        self.context -= self.advance * self.steps + base
+        whole, rest = divmod(ceil(base), self.limits.block_tokens)
         self.whole -= whole
         self.residues[rest] -= 1
 
@@ -322,13 +345,14 @@ class _Engine:
         while not self.ends_at[request] and all(entry[0] != request for entry in self.prefilling):
             request = self.order.pop()
         if self.ends_at[request]:
-            left = self.ends_at[request] - self.steps
-            self.generated[request] = self.load.output_tokens[request] - left
+            load = self.load
+            there = int(self.advance * self.steps + self.base[request] + 1e-6)
+            self.generated[request] = there - load.new_tokens[request] - load.cached_tokens[request]
             self._stop_decoding(request)
         else:
             entry = next(entry for entry in self.prefilling if entry[0] == request)
             self.prefilling.remove(entry)
-            self.held -= self.limits.blocks(entry[1] + entry[2] + 1)
+            self.held -= self.limits.blocks(entry[1] + entry[2] + self.rows)
         self.waiting.appendleft(request)
         self.preemptions += 1
 
@@ -336,6 +360,14 @@ class _Engine:
         """To within a block per sequence: counting exactly after every stretch would take most of the time."""
         if self._most(0) - self.decoding > self.peak_blocks:
             self.peak_blocks = max(self.peak_blocks, self._blocks(0))
+
+
+def _tower_s(step: Step, load: Load) -> dict[int, float]:
+    """Seconds of the vision tower for each request that brings images."""
+    if load.images is None:
+        return {}
+    known = {sizes: sum(map(step.image_s, sizes)) for sizes in set(load.images)}
+    return {request: known[sizes] for request, sizes in enumerate(load.images) if sizes}
 
 
 def _steps_until(gap_s: float, first_s: float, slope_s: float) -> int:

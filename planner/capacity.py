@@ -38,6 +38,7 @@ class Measured:
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
     utilization: float  # share of the time with a step under way
+    tower: float  # share of the time in the vision tower
     mean_running: float
     seatless: float  # share of the time with somebody waiting and every seat taken
     seats: int
@@ -99,6 +100,7 @@ def summary(served: Served, limits: Limits, load: Load) -> Measured:
         decode_tokens_per_s=served.decode_tokens / end_s,
         prefill_tokens_per_s=served.prefill_tokens / end_s,
         utilization=served.busy_s / end_s,
+        tower=served.tower_s / end_s,
         mean_running=served.running_s / end_s,
         seatless=served.seatless_s / end_s,
         seats=limits.max_num_seqs,
@@ -234,6 +236,8 @@ def cause(measured: Measured, limits: Limits, step: Step) -> str:
         return "KV blocks: requests wait until enough are free for their prompts"
     if waits and measured.seatless > 0.01:
         return f"seats: all {limits.max_num_seqs} sequences are taken, and requests wait for one to end"
+    if measured.tower > 0.5 * measured.utilization:
+        return "the vision tower: it takes most of the time"
     width = max(1, round(measured.mean_running))
     prefill = step.step_s(limits.max_num_batched_tokens, 0, width, 0)
     decode = step.step_s(0, 0, width, 0)
@@ -262,21 +266,3 @@ def mixed_shares(rates: Sequence[float], counts: Sequence[int]) -> tuple[float, 
     """The share of the load for one replica of each kind: in proportion to what it carries."""
     total = sum(rate * count for rate, count in zip(rates, counts, strict=True))
     return tuple(rate / total for rate in rates)
-
-
-Curve = tuple[tuple[int, float, float], ...]
-
-
-def throughput_curve(step: Step, context_tokens: int, widths: Iterable[int]) -> Curve:
-    """(sequences, tokens per second of all, tokens per second of one) while all decode at that context."""
-    points = []
-    for width in widths:
-        seconds = step.step_s(0, 0, width, width * context_tokens)
-        points.append((width, width / seconds, 1 / seconds))
-    return tuple(points)
-
-
-def doubled(ceiling: int) -> list[int]:
-    """1, 2, 4, ... and the ceiling itself."""
-    widths = [1 << power for power in range(ceiling.bit_length()) if 1 << power < ceiling]
-    return [*widths, ceiling]

@@ -63,6 +63,9 @@ class Verdict:
     command: str | None
     failures: tuple[str, ...]
     cautions: tuple[str, ...]
+    job_hours: Interval | None = None  # of the request's job; None: not asked, does not fit, or no speed is known
+    job_kwh: Interval | None = None  # None also where nobody says what the devices draw
+    job_usd: Interval | None = None  # energy, and the devices where their price is known
 
     @property
     def passes(self) -> bool:
@@ -87,6 +90,10 @@ class Verdict:
             "kv_dtype": self.kv_dtype,
             "memory_bytes": _interval_json(self.memory_bytes),
             "decode_tokens_per_s": _interval_json(self.decode_tokens_per_s),
+            "job_tokens": request.prices.job_tokens,
+            "job_hours": _interval_json(self.job_hours),
+            "job_kwh": _interval_json(self.job_kwh),
+            "job_usd": _interval_json(self.job_usd),
             "max_ctx_tokens": self.max_ctx_tokens,
             "max_seqs": self.max_seqs,
             "command": self.command,
@@ -172,7 +179,20 @@ def _judged(cell: Cell, best: EnginePlan) -> Verdict:
     return Verdict(
         cell, best.fits, f"{best.engine} {best.engine_version}", best.weights, best.kv_dtype, memory, decode,
         limits.max_ctx_tokens, limits.max_seqs, best.command if best.fits else None, tuple(failures), tuple(cautions),
+        *_job(best, decode),
     )  # fmt: skip
+
+
+def _job(best: EnginePlan, decode: Interval | None) -> tuple[Interval | None, Interval | None, Interval | None]:
+    """Hours, kWh and dollars of the job that was asked for, on a plan that fits."""
+    tokens, energy = best.prices.job_tokens, best.energy
+    if not tokens or not decode or not best.fits:
+        return None, None, None
+    low, mid, high = (tokens / rate / 3600 for rate in decode)
+    if energy is None or energy.job is None:
+        return (high, mid, low), None, None
+    kwh, usd = energy.job.kwh, energy.job.usd
+    return (high, mid, low), (kwh.low, kwh.mid, kwh.high), (usd.low, usd.mid, usd.high)
 
 
 def _judge_speed(least: float, decode: Interval | None, failures: list[str], cautions: list[str]) -> None:

@@ -70,7 +70,7 @@ def replica(devices: str, plan: EnginePlan, step: Step, mean_tokens: int, seats:
             lambda number: estimate.shortfall_bytes(at_tokens(number), number) <= 0, dp * MAX_SEATS[plan.engine]
         )
     detail: Mapping[str, Any] = estimate.allocate(at_tokens(seats), seats).detail
-    limits, reuse = _limits(plan.engine, detail, seats, at_tokens(seats), dp)
+    limits, reuse = _limits(plan.engine, detail, seats, at_tokens(seats), dp, step.rows_per_seq)
     return Replica(devices, plan, step, limits, reuse, _command(plan, detail, seats))
 
 
@@ -85,7 +85,9 @@ def _command(plan: EnginePlan, detail: Mapping[str, Any], seats: int) -> str:
     return module.estimate(replace(plan.setup, options=options)).command(plan.ctx_tokens, seats)
 
 
-def _limits(engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int, dp: int) -> tuple[Limits, int]:
+def _limits(
+    engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int, dp: int, rows_per_seq: int
+) -> tuple[Limits, int]:
     """The engine's own words as limits, and the grain of prefix reuse in tokens. The words are those of one of `dp`
     replicas inside, which together are taken for one pool: requests are dealt out evenly."""
     if engine == "vllm":
@@ -98,7 +100,7 @@ def _limits(engine: str, detail: Mapping[str, Any], seats: int, ctx_tokens: int,
     if engine == "sglang":
         tokens, page = dp * int(detail["max_total_num_tokens"]), int(detail["page_size"])
         chunk = dp * int(detail["chunked_prefill_size"])
-        return Limits(seats, chunk + seats, page, tokens // page), page
+        return Limits(seats, chunk + seats * rows_per_seq, page, tokens // page), page
     # llama-server cannot roll a recurrent state back to where another request branched off: nothing is shared.
     return Limits(seats, LLAMA_BATCH_TOKENS), 0
 

@@ -4,7 +4,7 @@ Every simulated figure is given at the middle of the speed model's interval; `sl
 slow as the interval's cautious end.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import exp
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ from .plan import EnginePlan, Plan
 from .replica import Replica, replica, serving_plan
 from .request import Request
 from .search import variant
-from .speed import basis, step_time, widths
+from .speed import basis, drafts, step_time, widths
 from .workload import Workload
 
 LOAD_FACTORS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -250,6 +250,7 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
             ),
             (f"{one.title}: prefix reuse", _reuse_told(one), "the engine's cache of recurrent states"),
         ]
+        told += [*_drafts_told(kind, found.mean_tokens), *_tower_told(kind, question.workload)]
         told += [
             (
                 device.title,
@@ -271,7 +272,6 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
         ),
         ("routing", "in turn to equal replicas; in a mix in proportion to what each carries", "assumed"),
         ("arrivals", _arrivals_told(question.workload), question.source),
-        ("vision tower", "its own time is not modelled; image tokens are prefilled as text is", "assumed"),
         (
             "cost",
             f"devices over {question.tariff.term_years:g} years, and energy",
@@ -279,6 +279,39 @@ def sources(found: Report) -> list[tuple[str, str, str]]:
         ),
     ]
     return told + assumptions(question.tariff)
+
+
+def _drafts_told(kind: Kind, mean_tokens: int) -> Iterator[tuple[str, str, str]]:
+    plan = kind.replica.plan
+    if plan.mtp:
+        yield (
+            f"{kind.replica.title}: draft tokens",
+            f"{plan.mtp} per pass, which then brings {kind.replica.step.tokens_per_seq:.2f} tokens; "
+            f"{pays(drafts(plan, mean_tokens).pays_up_to_seqs)}",
+            "the mean of published runs, the same in every pass of the simulation and for every text: percentiles lack "
+            "what texts differ by, the speed model's interval has it",
+        )
+
+
+def pays(seqs: int) -> str:
+    """Up to how many sequences drafts bring more than they cost, in words."""
+    if not seqs:
+        return "they pay with no number of sequences"
+    return "they pay as far as was looked, 1,024 sequences" if seqs >= 1024 else f"they pay up to {seqs:,} sequences"
+
+
+def _tower_told(kind: Kind, workload: Workload) -> Iterator[tuple[str, str, str]]:
+    sizes = {*(workload.images.sizes if workload.images else ())}
+    if workload.prefix and workload.prefix.image_tokens:
+        sizes.add(workload.prefix.image_tokens)
+    for tokens in sorted(sizes):
+        yield (
+            f"{kind.replica.title}: vision tower",
+            f"{kind.replica.step.image_s(tokens) * 1000:.3g} ms per image of {tokens:,} tokens, once, in the step that "
+            f"begins its prompt; busy with images {kind.measured.tower:.1%} of the time",
+            "FLOPs and bytes of its tensors, at the share of the device's rates that text prompts reach: no time of a "
+            "tower was published; an image within a cached prefix is not seen again",
+        )
 
 
 def _limits_told(limits: Limits) -> str:

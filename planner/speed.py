@@ -130,10 +130,10 @@ def speed(plan: "EnginePlan") -> Speed:
     )
 
 
-def drafts(plan: "EnginePlan") -> Drafts:
+def drafts(plan: "EnginePlan", context_tokens: int = PROMPT_TOKENS) -> Drafts:
     """Verification reads what the drafts' experts need and multiplies more rows, so a batch that is bound by arithmetic
-    gains nothing: the number of sequences up to which it does, behind a short prompt."""
-    context_tokens = min(PROMPT_TOKENS, plan.ctx_tokens)
+    gains nothing: the number of sequences up to which it does, each at `context_tokens`."""
+    context_tokens = min(context_tokens, plan.ctx_tokens)
     step, plain = step_time(plan), _step_time(plan.engine, replace(plan.setup, mtp=0), host_share(plan))
 
     def gain(seqs: int) -> float:

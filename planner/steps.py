@@ -46,8 +46,11 @@ class StepTime:
     expert_dp: int = 1  # replicas that share the routed experts
     expert_ranks: int = 1  # over which whole experts are dealt out
     experts_on_rank: int = 0
+    image_pass_s: float = 0.0  # per image: the vision tower's weights and launches
+    image_token_s: float = 0.0  # its arithmetic, per token of the image
+    image_pair_s: float = 0.0  # and per pair of two of them
 
-    def step_s(self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int) -> float:
+    def step_s(self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: float) -> float:
         """Seconds of a pass.
 
         prefill_tokens: new prompt tokens, over all sequences. prefill_pairs: sum over prompts of new tokens x mean
@@ -60,7 +63,7 @@ class StepTime:
         return self._pass_s(prefill_tokens, prefill_pairs, decode_seqs, decode_context_tokens)
 
     def _part(
-        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: int
+        self, prefill_tokens: int, prefill_pairs: int, decode_seqs: int, decode_context_tokens: float
     ) -> tuple[float, float, float, float]:
         """What one of the ways gets of a batch. A sequence is not divided."""
         ways = self.ways
@@ -141,11 +144,17 @@ class StepTime:
         last_s = (rest_s or chunk_s) + min(rest or chunk_tokens, prompt_tokens) * prompt_tokens * self.pair_s
         return seconds / self.stages + last_s * (self.stages - 1) / self.stages
 
+    def image_s(self, image_tokens: int) -> float:
+        """Seconds of one image in the vision tower: added up as a prompt's are, and beside its tokens' prefill. That it
+        reaches the share of the peak that a text prompt does is taken for granted: nobody published a tower's time."""
+        return self.image_pass_s + image_tokens * (self.image_token_s + image_tokens * self.image_pair_s)
+
     def scaled(self, decode: float, prefill: float | None = None) -> "StepTime":
-        """Every summand times `decode`; those of prompt rows and pairs alone times `prefill` where it is given."""
+        """Every summand times `decode`; those of prompt rows, pairs and images times `prefill` where it is given."""
         prefill = decode if prefill is None else prefill
         times = {name: getattr(self, name) * decode for name in _SECONDS}
-        return replace(self, **{**times, "row_s": self.row_s * prefill, "pair_s": self.pair_s * prefill})
+        times |= {name: getattr(self, name) * prefill for name in _PROMPT_SECONDS}
+        return replace(self, **times)
 
 
 _SECONDS = (
@@ -161,6 +170,7 @@ _SECONDS = (
     "link_row_s",
     "draft_s",
 )
+_PROMPT_SECONDS = ("row_s", "pair_s", "image_pass_s", "image_token_s", "image_pair_s")
 
 
 def _advance(drafts: int, acceptance: float, decay: float) -> float:
@@ -208,4 +218,7 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         expert_dp=work.expert_dp,
         expert_ranks=work.expert_ranks,
         experts_on_rank=work.experts_on_rank,
+        image_pass_s=work.vision_bytes / read + work.vision_layers * (factors.layer_s + factors.pass_s),
+        image_token_s=work.vision_flops_per_token / (peak * factors.dense),
+        image_pair_s=work.vision_flops_per_pair / (peak * factors.pair),
     )

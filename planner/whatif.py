@@ -19,6 +19,7 @@ from .workload import Lengths, Part, Workload
 
 CONTEXTS = (*(1024 << power for power in range(10)), MAX_CTX_TOKENS)
 WITHIN = 0.04  # of large numbers of replicas
+DRAFT_TOKENS = 2  # what if
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ def throughput(kind: Kind, mean_tokens: int) -> tuple[Width, ...]:
     points = []
     for seqs in [*(1 << power for power in range(seats.bit_length()) if 1 << power < seats), seats]:
         seconds, slowly = (step.step_s(0, 0, seqs, seqs * mean_tokens) for step in (one.step, slow))
-        points.append(Width(seqs, seqs / seconds, seqs / slowly, 1 / seconds))
+        tokens = one.step.tokens_per_seq
+        points.append(Width(seqs, seqs * tokens / seconds, seqs * tokens / slowly, tokens / seconds))
     return tuple(points)
 
 
@@ -114,6 +116,7 @@ def _pinned(one: Replica, search: Search) -> Request:
         devices=(one.devices,),
         ctx_tokens=plan.ctx_tokens,
         vision=plan.vision,
+        mtp=plan.mtp,
         nodes=plan.nodes,
         **_sizes(plan),
     )
@@ -154,6 +157,10 @@ def _other_plans(plan: EnginePlan, request: Request) -> Iterator[tuple[str, Requ
     for kv_dtype in module.kv_dtypes(device, plan.setup.version):
         if kv_dtype != plan.kv_dtype:
             yield f"KV cache in {kv_dtype}", variant(request, kv_dtype=kv_dtype)
+    if plan.mtp:
+        yield "no draft tokens", variant(request, mtp=0)
+    elif plan.setup.model.mtp_num_hidden_layers:
+        yield f"{DRAFT_TOKENS} draft tokens (multi-token prediction)", variant(request, mtp=DRAFT_TOKENS)
     if plan.setup.model.stored:
         return
     for weights in module.weight_formats(plan.setup.model, device):

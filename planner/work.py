@@ -7,6 +7,7 @@ tensor-parallel rank of one stage, summed over the stages of a layer split, whic
 """
 
 from functools import lru_cache
+from typing import Any
 
 from ..profiles.device import Device
 from ..profiles.formats import WeightFormat
@@ -71,6 +72,10 @@ class Work:
     expert_dp: int = 1  # replicas that share the routed experts
     expert_ranks: int = 1  # over which whole experts are dealt out
     experts_on_rank: int = 0  # of those, on one
+    vision_layers: int = 0  # of the tower; 0: none
+    vision_bytes: float = 0.0  # read once per image
+    vision_flops_per_token: float = 0.0  # of the text, which stands for several patches
+    vision_flops_per_pair: float = 0.0  # of two tokens of an image: every patch attends to every other
 
 
 def work(
@@ -98,6 +103,7 @@ def work(
     head_bytes = table.lm_head or table.embedding
     expert_bytes = scale * sum(table.experts)
     share = model.num_experts_per_tok / model.num_experts if model.is_moe else 0.0
+    tower = _tower(model, table.vision, tp)
     bandwidth, peak, vector = _pooled(devices, tp)
     kv_heads = max(1, model.num_key_value_heads // tp)
     element_bits = sum(KV_BITS.get(side, 16.0) for side in kv_dtype.split("/")) / len(kv_dtype.split("/"))
@@ -128,6 +134,7 @@ def work(
         expert_dp=dp,
         expert_ranks=ep,
         experts_on_rank=-(-model.num_experts // ep) if ep > 1 else 0,
+        **tower,
     )
 
 
@@ -152,6 +159,26 @@ def _flops(model: Model) -> _Flops:
         else:
             dense += elements
     return _Flops(dense, experts, 2.0 * model.vocab_size * model.hidden_size)
+
+
+def _tower(model: Model, vision_bytes: int, tp: int) -> dict[str, Any]:
+    """The vision tower's part of `Work`: two FLOPs per weight and patch, of the merger per token, and four per pair of
+    patches and element of attention. A tower whose heads `tp` does not divide lies on every rank whole."""
+    if model.vision is None or not vision_bytes:
+        return {}
+    vision, patches = model.vision, model.vision.spatial_merge_size**2
+    flops = 0.0
+    for tensor in model.unquantized:
+        if tensor.part == "vision" and len(tensor.shape) > 1 and tensor.role != "vision.pos_embed":
+            times = 1 if tensor.role.startswith("vision.merger") else patches
+            flops += 2.0 * tensor.elements * tensor.count * times
+    ranks = tp if vision.num_heads % tp == 0 else 1
+    return {
+        "vision_layers": vision.depth,
+        "vision_bytes": float(vision_bytes),
+        "vision_flops_per_token": flops / ranks,
+        "vision_flops_per_pair": 4.0 * vision.depth * vision.hidden_size * patches**2 / ranks,
+    }
 
 
 @lru_cache(maxsize=1024)

@@ -61,18 +61,26 @@ def _drawn(rng: Random, part: Part, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Prompt tokens that a share of the requests begin with alike: a system prompt, a document, earlier turns."""
+    """Prompt tokens that a share of the requests begin with alike: a system prompt, a document, earlier turns. The
+    first `image_tokens` of them are an image, which the vision tower sees only where the cache does not hold it."""
 
     tokens: int
     share: float
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A share of the requests carries images of this many tokens altogether."""
+    """A share of the requests carries `count` images of its own, of this many tokens altogether."""
 
     tokens: int
     share: float
+    count: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each."""
+        return (self.tokens // self.count,) * self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,10 @@ class Workload:
     targets: Targets = Targets()
 
     @property
+    def sees_images(self) -> bool:
+        return bool(self.images or (self.prefix and self.prefix.image_tokens))
+
+    @property
     def max_request_tokens(self) -> int:
         """The longest that prompt and answer can be together."""
         prefix = self.prefix.tokens if self.prefix else 0
@@ -114,7 +126,8 @@ class Load:
     """Sampled requests, in order of arrival, column by column.
 
     `new_tokens` are computed in prefill, `cached_tokens` are found in the prefix cache. Open: `times_s` says when each
-    arrives. Closed: `think_s` how long its user waits before it, and `users` how many there are.
+    arrives. Closed: `think_s` how long its user waits before it, and `users` how many there are. `images` are the
+    tokens of each image that the vision tower must see; None: there are none.
     """
 
     new_tokens: list[int]
@@ -123,6 +136,7 @@ class Load:
     times_s: list[float] | None = None
     think_s: list[float] | None = None
     users: int = 0
+    images: list[tuple[int, ...]] | None = None
 
 
 def check(workload: Workload) -> None:
@@ -143,6 +157,10 @@ def check(workload: Workload) -> None:
     for name, shared in (("shared_prefix", workload.prefix), ("images", workload.images)):
         if shared and not (0 < shared.share <= 1 and 1 <= shared.tokens <= MAX_TOKENS):
             raise BadInput(f"{name}: give a share of more than 0 and at most 1, and 1 to {MAX_TOKENS:,} tokens")
+    if workload.prefix and not 0 <= workload.prefix.image_tokens <= workload.prefix.tokens:
+        raise BadInput(
+            f"shared_prefix: its image has {workload.prefix.image_tokens:,} tokens, more than the prefix around it"
+        )
     for name in ("p95_ttft_s", "p95_tpot_s"):
         promised = getattr(workload.targets, name)
         if promised is not None and not 0 < promised < math.inf:

@@ -8,6 +8,7 @@ one that was not.
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import tempfile
 import time
@@ -41,6 +42,9 @@ from .tasks import one_ahead
 from .weights import Weights
 from .workers import Here, RayCluster, workers_at
 
+TARGET_SHARE = 0.75
+"""Of the calibration sequences, those that the full-precision stream takes: with all of them a layer costs 10 % more,
+with half of them the targets lose what they gain (docs/quantization.md)."""
 PROCESS_BYTES = 500_000_000
 """Python, torch and what its allocator keeps."""
 
@@ -207,9 +211,10 @@ class _Job:
         if self.tokens is not None:
             widest = max(module.columns for module in self.modules)
             fixed += self.weights.layer_bytes(0) + 2 * 4 * widest**2
+            if self.recipe.full_precision_targets:
+                fixed += 4 * widest * min(widest, config.hidden_size)  # the cross term (`hessian.py`)
             inner = max(config.intermediate_size, config.value_dim, config.num_attention_heads * config.head_dim)
-            streams = 1 + self.recipe.full_precision_targets
-            activations = 4 * self.tokens.numel() * streams * (2 * config.hidden_size + inner)
+            activations = 4 * sum(self._stream_tokens()) * (2 * config.hidden_size + inner)
         if fixed > max_ram_bytes:
             raise BadInput(
                 f"--max-ram {max_ram_bytes:,} bytes: about {fixed:,} are needed beside activations; give that, or take "
@@ -241,21 +246,24 @@ class _Job:
         """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
         if self.tokens is None:
             return []
-        columns, rows, count = (
-            self.configuration.hidden_size,
-            self.tokens.numel(),
-            1 + self.recipe.full_precision_targets,
-        )
-        entering = journal.hidden(layer, count * rows, columns) if layer else None
+        columns, counts = self.configuration.hidden_size, self._stream_tokens()
+        entering = journal.hidden(layer, sum(counts), columns) if layer else self.weights.embedded(self.tokens)
         streams = []
-        for at in range(count):
+        for at, count in enumerate(counts):
             path = None if folder is None else os.path.join(folder, f"hidden-{at}")
-            hidden = Activations(rows, columns, self.device, path)
-            hidden[:] = (
-                self.weights.embedded(self.tokens) if entering is None else entering[at * rows : (at + 1) * rows]
-            )
+            hidden = Activations(count, columns, self.device, path)
+            first = sum(counts[:at]) if layer else 0
+            hidden[:] = entering[first : first + count]
             streams.append(Stream(hidden, self.tokens.shape[1], folder=folder))
         return streams
+
+    def _stream_tokens(self) -> list[int]:
+        """Tokens of the quantized stream, and of the full-precision one where it is asked for: whole sequences."""
+        if self.tokens is None:
+            return []
+        sequences, length = self.tokens.shape
+        shared = [math.ceil(TARGET_SHARE * sequences)] if self.recipe.full_precision_targets else []
+        return [count * length for count in (sequences, *shared)]
 
     def _save(self, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
         self.result.sync()

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-Argument, Value = TypeVar("Argument"), TypeVar("Value")
+Argument = TypeVar("Argument")
+Value = TypeVar("Value")
 
 
 class Tasks:

@@ -16,17 +16,26 @@ from qwenfit.planner.capacity import (
     scaled,
     smallest,
 )
-from qwenfit.planner.workload import Lengths, Part, Targets, Workload
+from qwenfit.planner.workload import Images, Lengths, Part, Targets, Workload
+from qwenfit.profiles.frozen import replace
 
 HUNDRED = Lengths((Part(1.0, 100, 100),))
 
 
 @dataclass(frozen=True)
 class Row:
-    """10 ms for a step, 0.1 ms more for every prompt token: an answer of 100 tokens behind 100 takes about a second."""
+    """10 ms for a step, 0.1 ms more for every prompt token: an answer of 100 tokens behind 100 takes about a second.
+    `row_s` more for every row that decodes."""
 
-    def step_s(self, prefill: int, pairs: int, seqs: int, context: int) -> float:
-        return 0.01 + prefill * 1e-4
+    row_s: float = 0.0
+    rows_per_seq: int = 1
+    tokens_per_seq: float = 1.0
+
+    def step_s(self, prefill: int, pairs: int, seqs: int, context: float) -> float:
+        return 0.01 + prefill * 1e-4 + seqs * self.rows_per_seq * self.row_s
+
+    def image_s(self, image_tokens: int) -> float:
+        return image_tokens * 0.01
 
 
 def chat(rate: float | None = None, users: int | None = None, **targets: float) -> Workload:
@@ -41,6 +50,24 @@ def test_quantiles_are_by_nearest_rank() -> None:
 def test_a_replica_carries_its_seats_over_its_service_time() -> None:
     """Eight seats, 100 steps of 10 ms, and for each of eight prompts 10 ms more: 8 / (1.0 + 8 x 0.01) a second."""
     assert carries(Row(), Limits(8, 2048), chat(1.0), 0) == pytest.approx(8 / 1.08, rel=0.02)
+
+
+@pytest.mark.parametrize(("seats", "gain"), [(1, 1.961), (16, 1.568), (50, 1.2), (100, 1.0), (400, 0.769)])
+def test_drafts_stop_paying_where_rows_cost_as_much_as_the_pass(seats: int, gain: float) -> None:
+    """A pass of R = 10 ms and r = 0.1 ms a row; with two drafts 3 rows for 2 tokens: 2 (R + n r) / (R + 3 n r), which
+    is 1 at n = R / r = 100 sequences. The prompt is one token of a thousand, so it hardly counts."""
+    load = Workload(Lengths((Part(1.0, 1, 1),)), Lengths((Part(1.0, 1001, 1001),)), users=1)
+    limits = Limits(seats, 8192)
+    plain = carries(Row(1e-4), limits, load, 0)
+    assert carries(Row(1e-4, 3, 2.0), limits, load, 0) / plain == pytest.approx(gain, rel=0.01)
+
+
+def test_a_tower_that_takes_most_of_the_time_is_what_breaks() -> None:
+    """A second for every image and for every answer: one seat carries one request in two seconds."""
+    seeing = replace(chat(0.4, p95_ttft_s=30.0), images=Images(100, 1.0))
+    assert carries(Row(), Limits(1, 2048), seeing, 0) == pytest.approx(1 / 2.02, rel=0.01)
+    seeing = replace(chat(0.4, p95_ttft_s=5.0), images=Images(200, 1.0))
+    assert "vision tower" in breaks_first(Row(), Limits(8, 2048), seeing, 0, 1.0, 2000).cause
 
 
 @pytest.mark.parametrize(("rate", "replicas"), [(1.0, 1), (30.0, 5), (300.0, 42)])

@@ -31,6 +31,46 @@ def test_all_cells_pass(qwen_plan: Any, write: Any) -> None:
     assert done.status == 0 and done.stderr == "" and "All 4 cells pass; 4 fit." in done.stdout
 
 
+JOBS = ROOT / "docs/examples/matrix/job-78m.yaml"
+
+
+def test_the_documented_job_is_what_the_command_says(qwen_plan: Any) -> None:
+    """docs/matrix.md: 78 million output tokens on five devices. QWENFIT_WRITE_GOLDEN=1 writes it anew."""
+    done = qwen_plan("matrix", "docs/examples/matrix/job-78m.yaml", "--format", "markdown", cwd=ROOT)
+    page = JOBS.with_suffix(".md")
+    if os.environ.get("QWENFIT_WRITE_GOLDEN"):
+        page.write_text(done.stdout)
+    assert done.status == 0 and done.stdout == page.read_text()
+    shown = yaml.safe_load((ROOT / "docs/matrix.md").read_text().split("```yaml")[2].split("```")[0])
+    assert shown == yaml.safe_load(JOBS.read_text())
+
+
+def test_a_jobs_figures_follow_from_rate_power_and_prices(qwen_plan: Any, write: Any) -> None:
+    """Hours are tokens over the cell's rate; dollars energy at 0.5 a kWh, and 1,000 for the device over two years of
+    31,557,600 s. Two of them cost twice that; where one has no price, energy alone counts; nobody knows a Mac's power.
+    """
+    money = "money: {kwh_price_usd: 0.5, device_price_usd: {RTX 3090: 1000}, years: 2}\n"
+    text = "rows:\n  - device: [rtx3090, 2xrtx3090, 'rtx3090,rtx3060', m4-max-128gb]\n    job_tokens: 1m\n"
+    found = json.loads(qwen_plan("matrix", write(text + money), "--json").stdout)["cells"]
+    for cell, price in zip(found, (1000, 2000, 0, None), strict=True):
+        hours = 1_000_000 / cell["decode_tokens_per_s"]["mid"] / 3600
+        assert cell["job_tokens"] == 1_000_000 and cell["job_hours"]["mid"] == pytest.approx(hours)
+        assert cell["job_hours"]["low"] == pytest.approx(1_000_000 / cell["decode_tokens_per_s"]["high"] / 3600)
+        if price is None:
+            assert cell["job_kwh"] is None and cell["job_usd"] is None
+            continue
+        usd = cell["job_kwh"]["mid"] * 0.5 + price * hours / (2 * 365.25 * 24)
+        assert cell["job_usd"]["mid"] == pytest.approx(usd)
+
+
+def test_a_job_on_what_does_not_fit_is_not_told(qwen_plan: Any, write: Any) -> None:
+    text = "rows:\n  - {device: rtx3060, model: 27b, ctx_tokens: 1M, must_fit: false, job_tokens: 1m}\n"
+    cell = json.loads(qwen_plan("matrix", write(text), "--json").stdout)["cells"][0]
+    assert cell["job_hours"] is None and cell["job_usd"] is None
+    assert "hours" in qwen_plan("matrix", write(text)).stdout
+    assert "hours" not in qwen_plan("matrix", write(GOOD)).stdout
+
+
 def test_one_cell_fails(qwen_plan: Any, write: Any) -> None:
     done = qwen_plan("matrix", write(BAD), "--json")
     told = json.loads(done.stdout)
@@ -83,6 +123,9 @@ def test_against_fails_only_on_what_got_worse(qwen_plan: Any, write: Any, tmp_pa
         ("rows:\n  - device: l40s\n    min_decode_tokens_per_s: -1.0\n", 3, "more than 0"),
         ("rows:\n  - device: l40s\n    max_memory_bytes: 11 parsecs\n", 3, "amount of memory"),
         ("rows:\n  - device: l40s\n    engine: vlm\n", 2, "vllm"),
+        ("rows:\n  - device: l40s\n    job_tokens: 0\n", 3, "at least 1"),
+        ("rows:\n  - device: l40s\nmoney: {device_price_usd: {l40x: 1}}\n", 3, "l40x"),
+        ("rows:\n  - device: l40s\nmoney: {device_price_usd: {2xl40s: 1}}\n", 3, "one device"),
         ("rows: []\n", 1, "rows is empty"),
         ("row:\n  - device: l40s\n", 1, "did you mean rows"),
     ],

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from qwenfit.planner.steps import CONSTITUENTS, StepTime
+from qwenfit.planner.factors import Factors
+from qwenfit.planner.steps import CONSTITUENTS, StepTime, step_time
+from qwenfit.planner.work import _tower, work
+from qwenfit.profiles.device_names import device
+from qwenfit.profiles.formats import weight_format
+from qwenfit.profiles.model_catalog import model
 
 STEP = StepTime(
     dense_read_s=4e-3,
@@ -31,6 +36,36 @@ STEP = StepTime(
     tokens_per_seq=2.7,
 )
 counts = some.integers(0, 5000)
+
+
+def test_an_image_takes_its_bytes_and_flops():
+    """The tower of the 9B: 27 layers of 1152 and 4304, patches of 2 x 3 x 16 x 16, four to a token, merged from 4608 to
+    4096. Weights are 16 bit, two FLOPs each per patch; attention four per pair of patches, element and layer."""
+    nine = model("qwen3.5-9b")
+    amount = work(nine, weight_format("bf16"), (device("l40s"),), "bf16")
+    block = 3 * 1152**2 + 1152**2 + 2 * 1152 * 4304
+    per_patch, merger = 27 * block + 1152 * 1536, 4608 * 4608 + 4608 * 4096
+    assert amount.vision_flops_per_token == 2 * (4 * per_patch + merger)
+    assert amount.vision_flops_per_pair == 4 * 27 * 1152 * 16
+    assert amount.vision_bytes == pytest.approx(2 * (per_patch + merger + 2304 * 1152), rel=1e-3)  # and biases
+    factors = Factors(0.5, 1.0, 0.4, 0.4, 0.25, 1e-6, 3e-6, 0.0, 1.0, 0.7, 1.0, 1.0, 0.0, 1e9)
+    read, peak = amount.bandwidth_bytes_per_s * 0.5, amount.peak_flops_per_s
+    seconds = amount.vision_bytes / read + 27 * 4e-6 + 768 * amount.vision_flops_per_token / (0.4 * peak)
+    seconds += 768**2 * amount.vision_flops_per_pair / (0.25 * peak)
+    step = step_time(amount, factors)
+    assert step.image_s(768) == pytest.approx(seconds)
+    assert step.scaled(5.0, 2.0).image_s(768) == pytest.approx(2 * seconds)
+    halved = work(nine, weight_format("bf16"), (device("l40s"), device("l40s")), "bf16", tp=2)
+    assert halved.vision_flops_per_token == amount.vision_flops_per_token / 2
+
+
+def test_a_tower_that_a_rank_count_does_not_divide_lies_whole():
+    """16 heads over 3 ranks: there is no such plan of a text model, so the rule is asked directly."""
+    nine = model("qwen3.5-9b")
+    assert nine.vision is not None and nine.vision.num_heads == 16
+    whole, third = (_tower(nine, 10**9, ranks)["vision_flops_per_token"] for ranks in (1, 3))
+    assert whole == third
+    assert _tower(nine, 0, 1) == {}
 
 
 @given(counts, counts, some.integers(0, 512), some.integers(0, 10**7))

@@ -60,6 +60,16 @@ def test_images_are_prompt_tokens_of_some_requests() -> None:
     assert sum(one == 868 for one in load.new_tokens) / 4000 == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize(("block", "seen"), [(1, ()), (528, ()), (4096, (768,)), (0, (768,))])
+def test_an_image_in_the_prefix_is_seen_where_it_is_not_cached(block: int, seen: tuple[int, ...]) -> None:
+    """3,000 tokens that begin with an image of 768: five blocks of 528 hold it, one of 4,096 is never filled."""
+    load = sampled(replace(CHAT, prefix=Prefix(3000, 1.0, 768)), 10, 1, block)
+    assert (load.images or [()])[0] == seen
+    both = sampled(replace(CHAT, prefix=Prefix(3000, 1.0, 768), images=Images(512, 1.0, 2)), 10, 1, block)
+    assert both.images == [(*seen, 256, 256)] * 10
+    assert both.new_tokens[0] + both.cached_tokens[0] == 100 + 3000 + 512
+
+
 def test_users_keep_to_their_replica() -> None:
     load = sampled(Workload(ONE, ONE, users=200, think_s=30), 5000, 1, 1, 0.25)
     assert load.users == 50 and load.times_s is None and load.think_s is not None
@@ -74,6 +84,7 @@ def test_users_keep_to_their_replica() -> None:
         {"prompt_tokens": Lengths(())}, {"prompt_tokens": Lengths((Part(0.5, 1, 2),))},
         {"output_tokens": Lengths((Part(1.0, 5, 2),))}, {"output_tokens": Lengths((Part(1.0, 0, 2),))},
         {"prefix": Prefix(10, 1.5)}, {"prefix": Prefix(0, 0.5)}, {"images": Images(100, 0.0)},
+        {"prefix": Prefix(10, 0.5, 11)},
     ],
 )  # fmt: skip
 def test_what_no_service_could_be_asked_is_refused(changed: dict[str, object]) -> None:
