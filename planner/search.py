@@ -3,7 +3,8 @@
 Rank: what surely fits, then what fits at the expected figure, then what does not, nearest first. Among those that fit,
 quality first (expected divergence from bf16, to a hundredth), then engines that serve, then how fast they decode at
 the context and the number of sequences asked for (in steps of a fifth, for speed is no better known), then the rest of
-the quality, then headroom. Experts in host memory only come before what is coarser than four bits, however fast.
+the quality, then headroom. Experts in host memory only come before what is coarser than four bits, however fast, and
+so do several boxes of llama.cpp.
 """
 
 from collections.abc import Iterable, Iterator
