@@ -47,8 +47,8 @@ def test_the_documented_job_is_what_the_command_says(qwen_plan: Any) -> None:
 
 def test_a_jobs_figures_follow_from_rate_power_and_prices(qwen_plan: Any, write: Any) -> None:
     """Hours are tokens over the cell's rate; dollars energy at 0.5 a kWh, and 1,000 for the device over two years of
-    31,557,600 s. Two of them cost twice that; where one has no price, energy alone counts; nobody knows a Mac's power.
-    """
+    31,557,600 s. Two of them cost twice that; where one has no price, energy alone counts; nobody
+    says what a Mac draws."""
     money = "money: {kwh_price_usd: 0.5, device_price_usd: {RTX 3090: 1000}, years: 2}\n"
     text = "rows:\n  - device: [rtx3090, 2xrtx3090, 'rtx3090,rtx3060', m4-max-128gb]\n    job_tokens: 1m\n"
     found = json.loads(qwen_plan("matrix", write(text + money), "--json").stdout)["cells"]

@@ -1,8 +1,10 @@
 """Plans against what people measured: total memory of a device, and whether a setup ran.
 
 `pytest tests/test_field.py -s` prints the table by engine. The rows are published runs (tests/data/field_runs.jsonl,
-each with its source); nothing was fitted on single rows. The bounds are the project's own: a median error of 5 % in
-total memory, and at most one call in ten the other way.
+each with its source). No fit has seen them: plans follow from the engines' own code. llama.cpp and MLX are thereby held
+out by source. vLLM is not wholly: some of its constants of scratch were read off pages of club-3090
+(planner/engines/vllm_scratch.py), and all rows of it but one are club-3090's. The bounds are the project's own: a
+median error in total memory of 4 % for llama.cpp and MLX and 5 % for vLLM, and at most one call in ten the other way.
 """
 
 import json
@@ -50,9 +52,18 @@ def test_the_table_of_errors():
     assert sum(map(len, errors_by_engine().values())) >= 40
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "mlx"])
-def test_total_memory_is_met_within_five_percent_at_the_median(engine):
-    assert median(abs(error) for error in errors_by_engine()[engine]) <= 0.05
+@pytest.mark.parametrize(("engine", "goal", "rows"), [("llama.cpp", 0.04, 9), ("mlx", 0.04, 9), ("vllm", 0.05, 24)])
+def test_total_memory_is_met_at_the_median(engine, goal, rows):
+    """The project's goals by engine. It fails too where rows vanish: a goal is not met by leaving some out."""
+    errors = [abs(error) for error in errors_by_engine()[engine]]
+    assert len(errors) >= rows
+    assert median(errors) <= goal
+
+
+def test_no_engine_leans_to_one_side_by_more_than_its_goal():
+    """The signed median: a constant that is too large everywhere would hide in the absolute one."""
+    for engine, errors in errors_by_engine().items():
+        assert abs(median(errors)) <= 0.05, engine
 
 
 def test_no_more_than_one_run_in_ten_is_called_the_other_way():
