@@ -156,11 +156,10 @@ def accumulated(inputs: list[Activations], weights: list[Tensor]) -> Hessian:
     """
     x, references = inputs[0], inputs[1:]
     common = len(references[0]) if references else 0
-    rows, columns = weights[0].shape
-    alone = weights[0] if len(weights) == 1 and product_is_less(rows, columns, common) else None
+    alone = weights[0] if len(weights) == 1 and product_is_less(len(weights[0]), x.columns, common) else None
     hessian = Hessian(x.columns, x.device, cross=bool(references), weight=alone)
     bounds = sorted({*range(0, len(x), CHUNK_TOKENS), common, len(x)})
     for start, stop in pairwise(bounds):
-        tokens = slice(start, stop)
-        hessian.add(x[tokens], references[0][tokens] if stop <= common else None)
+        rows = slice(start, stop)
+        hessian.add(x[rows], references[0][rows] if stop <= common else None)
     return hessian
