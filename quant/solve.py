@@ -17,6 +17,7 @@ from .workers import Here, RayCluster
 ERROR_ROWS = 256
 LEAST_TOKENS = 2
 """Fewer tokens say nothing of correlations: such a matrix (an expert that is hardly ever chosen) is rounded by rtn."""
+DAMPING_PER_COLUMN, MOST_NEEDED_DAMPING = 0.6, 1.0
 TARGET_DAMPING = 0.3
 """At least, where the full-precision stream gives the targets: they are a regression on the calibration tokens, which
 learns these by heart otherwise (docs/quantization.md: 5 to 13 % less divergence than with 0.01)."""
@@ -65,10 +66,20 @@ def solve_together(
         }
     cross = hessian.cross_mean(UNMOVED_PER_COLUMN * hessian.columns) if hessian.has_cross else None
     mean = hessian.mean()
-    factor = factorize(mean, damping=damping if cross is None else max(damping, TARGET_DAMPING))
+    damping = max(damping, needed_damping(hessian.columns, hessian.tokens), TARGET_DAMPING if cross else 0.0)
+    factor = factorize(mean, damping=damping)
     shared = [workers.share(one) for one in (factor, mean, cross)]
     jobs = ((weight, schemes[name], scale_dtype, orders.get(name), *shared) for name, weight in weights.items())
     return dict(zip(weights, workers.map(solve_module, jobs), strict=True))
+
+
+def needed_damping(columns: int, tokens: int) -> float:
+    """The least damping for so few tokens: a Hessian of a few tokens per column fits those and no others.
+
+    Measured on the small trained hybrid, 4 bits g32 asymmetric, mean KL on unseen text with a damping of 0.01 and with
+    this one: 0.0063 and 0.0036 at 2 tokens per column, 0.0040 and 0.0034 at 8, 0.0030 and 0.0030 at 32.
+    """
+    return min(MOST_NEEDED_DAMPING, DAMPING_PER_COLUMN * columns / max(1, tokens))
 
 
 def solve_module(
