@@ -105,7 +105,10 @@ def _quantize(
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="YAML: the options, and rules by module")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="text, JSONL or Parquet")] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="of calibration text")] = 8192,
-    gptaq: Annotated[bool, typer.Option("--gptaq", help="aim at the full-precision outputs; twice the time")] = False,
+    gptaq: Annotated[
+        bool | None,
+        typer.Option("--gptaq/--no-gptaq", help="aim at the full-precision outputs [default: dense, up to 4B]"),
+    ] = None,
     fit: Annotated[str | None, typer.Option(metavar="DEVICE", help="mix 4 and 8 bits so that it fits there")] = None,
     ctx: Annotated[str, typer.Option(metavar="TOKENS", help="of --fit: per sequence; 131072, 128K")] = "32768",
     seqs: Annotated[int, typer.Option(metavar="N", help="of --fit: concurrent sequences")] = 1,

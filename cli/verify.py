@@ -4,6 +4,7 @@
 happens, no process is left behind.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from ..profiles.errors import BadInput
 from .output import Screen, clean, columns, quietly_closed, say, screen, wrapped, write
 
 GIB, MIB = 1 << 30, 1 << 20
+LONGEST_S = 1_000_000
 
 
 def verify(
@@ -33,14 +35,17 @@ def verify(
     from ..planner.calibration_file import read_calibration
     from ..planner.verification.verify import Asked, verify_engine, verify_native
 
-    if not 0 <= told["tolerance"] < 1:
-        raise BadInput(f"--tolerance {told['tolerance']:g}: give a share of at least 0 and less than 1, such as 0.05")
+    _check(told, output, receipt)
     natively = engine is None or engine.partition("@")[0] == "native"
     file = read_plan(path, "native" if natively else engine, read_calibration(calibration) if calibration else None)
     asked = Asked(date=strftime("%Y-%m-%d"), qwenfit=version("qwenfit"), machine=_machine(), **told)
-    with _stopping():
-        run = verify_native if natively else verify_engine
-        found = run(file, asked, lambda text: say(f"qwen-plan: {clean(text)}"))
+    run = verify_native if natively else verify_engine
+    try:
+        with _stopping():
+            found = run(file, asked, lambda text: say(f"qwen-plan: {clean(text)}"))
+    except KeyboardInterrupt:
+        say("qwen-plan: interrupted: what was started is stopped, and nothing is written")
+        return 130
     _save(found, output, receipt)
     try:
         write(
@@ -51,6 +56,24 @@ def verify(
     except BrokenPipeError:
         quietly_closed()
     return 0 if found.holds else 1
+
+
+def _check(told: Mapping[str, Any], output: str | None, receipt: str | None) -> None:
+    """BadInput before anything is started, which may take an hour."""
+    if not 0 <= told["tolerance"] < 1:
+        raise BadInput(f"--tolerance {told['tolerance']:g}: give a share of at least 0 and less than 1, such as 0.05")
+    for name in ("steps", "fill_limit_s", "limit_s", "boot_limit_s"):
+        if not 0 < told[name] <= LONGEST_S:
+            option = name.removesuffix("_s").replace("_", "-")
+            raise BadInput(f"--{option} {told[name]:g}: give more than 0, and at most {LONGEST_S}")
+    if receipt and told["layers"]:
+        raise BadInput("--receipt and --layers: a receipt is planned anew as a whole model; leave one of them out")
+    if told["log"] and os.path.lexists(told["log"]):
+        raise BadInput(f"{told['log']} is there already: give --log another name, for a log is never overwritten")
+    for path in (told["log"], output, receipt):
+        folder = os.path.dirname(path or "") or "."
+        if path and not os.access(folder, os.W_OK):
+            raise BadInput(f"{path} cannot be written: {folder} is no folder that can be written to")
 
 
 def _machine() -> Mapping[str, object]:
@@ -68,7 +91,8 @@ def _stopping() -> Iterator[None]:
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

@@ -95,12 +95,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     buffers = allocate(model.configuration, settings, dtype, device)
     restart_peak(device)
     before = used_bytes(device)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.depth:
         found = measure(model, buffers, options.depth, options.tokens, options.limit_s, options.seed)
         tokens: Sequence[Sequence[int]] = ()
         speed = _measured(found)
     else:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
         prompts = _prompts(options, tokenizer, settings, model.configuration.vocab_size)
         stop_tokens = () if options.ignore_stop or not (options.prompt or options.prompt_tokens) else None
         generation = generate(model, buffers, prompts, options.tokens, sampling, stop_tokens)

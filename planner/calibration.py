@@ -25,6 +25,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("activation", "graph", "runtime"),
     "sglang": ("activation", "graph", "runtime"),
     "llama.cpp": ("runtime",),
+    "native": ("activation", "runtime"),
 }
 PRIOR_WITNESSES = 3
 WITNESSES_OF_A_FAMILY = 3  # sources that a family of versions or an architecture needs for a factor of its own

@@ -23,6 +23,7 @@ def device_json(device: Device) -> dict[str, object]:
         value = getattr(device, one.name)
         if value is not None and one.name != "path":
             told[one.name] = dict(value) if isinstance(value, Mapping) else value
+    told["memory_bandwidth_bytes_per_s"] = device.memory_bandwidth_bytes_per_s or None  # null: nobody measured it
     if device.path:
         told["source"] = told["usable_source"] = "a device file"
     return told

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..profiles.device import Device
+from ..profiles.device_file import Entry
 from ..profiles.device_names import device, is_name
 from ..profiles.errors import BadInput, QwenfitError
 from ..profiles.frozen import dataclass, fields, replace
@@ -18,7 +19,7 @@ from ..profiles.names import join_or, quote
 from .calibration import Calibration
 from .documents import digest
 from .plan import EnginePlan
-from .receipt_file import CheckedDevice, CheckedOptions
+from .receipt_file import CheckedOptions, device_of
 from .request import Options, Request
 from .search import search
 
@@ -75,7 +76,7 @@ class _Document(_Open):
     schema_: Annotated[int, Field(alias="schema", ge=1, le=1)]
     request: _Request
     plans: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_PLANS)]
-    profiles: Annotated[list[CheckedDevice], Field(min_length=1, max_length=1024)]
+    profiles: Annotated[list[Entry], Field(min_length=1, max_length=1024)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -137,7 +138,10 @@ def _chosen(entries: list[_Entry], engine: str | None, where: str) -> _Entry:
     found = [entry for entry in entries if entry.engine == name]
     if not found:
         has = join_or([entry.engine for entry in entries])
-        raise BadInput(f"{where} has no plan for {quote(engine)}, but for {has}: plan with --engine {name}")
+        raise BadInput(
+            f"{where} has no plan for {quote(engine)}, but for {has}: give --engine {entries[0].engine}, or plan with "
+            f"--engine {name}"
+        )
     return found[0]
 
 
@@ -145,7 +149,7 @@ def _devices(document: _Document) -> tuple[Device, ...]:
     """Of the catalog where the file has the catalog's figures, for look-ups compare devices by identity."""
     made: dict[str, Device] = {}
     for one in document.profiles:
-        told = Device(**one.model_dump())
+        told = device_of(one)
         own = device(told.name) if is_name(told.name) else None
         same = own is not None and all(
             getattr(own, field.name) == getattr(told, field.name) for field in fields(own) if field.name != "path"

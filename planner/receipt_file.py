@@ -104,12 +104,6 @@ class _Score(_Strict):
     within: bool
 
 
-class CheckedDevice(Entry):
-    """A profile, also of a machine whose bandwidth nobody knows."""
-
-    memory_bandwidth_bytes_per_s: Annotated[int, Field(ge=0, le=10**15)]
-
-
 class _Receipt(_Strict):
     schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
     kind: Literal["receipt"]
@@ -117,7 +111,7 @@ class _Receipt(_Strict):
     qwenfit: Text
     source: Text | None
     request: _Request
-    devices: Annotated[list[CheckedDevice], Field(min_length=1, max_length=1024)]
+    devices: Annotated[list[Entry], Field(min_length=1, max_length=1024)]
     command: Annotated[str, Field(max_length=4000)]
     log: _Log
     scores: Annotated[list[_Score], Field(max_length=20_000)]
@@ -157,7 +151,7 @@ def from_json(told: dict[str, Any], where: str) -> Receipt:
         qwenfit=checked.qwenfit,
         source=checked.source,
         request=Request(**{**fields, "devices": tuple(request.devices), "options": Options(**fields["options"])}),
-        devices=tuple(Device(**one.model_dump()) for one in checked.devices),
+        devices=tuple(map(device_of, checked.devices)),
         command=checked.command,
         log=EngineLog(
             engine=log.engine,
@@ -171,6 +165,11 @@ def from_json(told: dict[str, Any], where: str) -> Receipt:
         ),
         scores=tuple(_score(one) for one in checked.scores),
     )
+
+
+def device_of(entry: Entry) -> Device:
+    """A profile that was checked. What nobody measured is null in a file and 0 in a value."""
+    return Device(**{**entry.model_dump(), "memory_bandwidth_bytes_per_s": entry.memory_bandwidth_bytes_per_s or 0})
 
 
 def text(made: Receipt) -> str:

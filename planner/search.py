@@ -3,7 +3,8 @@
 Rank: what surely fits, then what fits at the expected figure, then what does not, nearest first. Among those that fit,
 quality first (expected divergence from bf16, to a hundredth), then engines that serve, then how fast they decode at
 the context and the number of sequences asked for (in steps of a fifth, for speed is no better known), then the rest of
-the quality, then headroom. Experts in host memory only come before what is coarser than four bits, however fast.
+the quality, then headroom. Experts in host memory only come before what is coarser than four bits, however fast, and
+so do several boxes of llama.cpp.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,12 +37,10 @@ ASSUMED_HOST_BYTES = 24 << 30
 
 FOUR_BIT_DIVERGENCE = 0.03  # the best four-bit recipes lie well below it, the best three-bit ones above
 
-WORTH_TELLING = 1.3  # times as fast
 SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
-MAX_NODES = 128
 
 
 def search(request: Request, advisor: Advisor | None = None, devices: tuple[Device, ...] = ()) -> Plan:
@@ -60,7 +59,9 @@ def search(request: Request, advisor: Advisor | None = None, devices: tuple[Devi
     devices, spread = box, None
     ones = (None, 1)
     if request.nodes != 1 or request.dp not in ones or request.ep not in ones or request.interconnect is not None:
-        devices, spread = box * request.nodes, _spread(request, box)
+        from .boxes import spread_of
+
+        devices, spread = box * request.nodes, spread_of(request, box)
     _check_ranks(request, len(devices))
     plans: list[EnginePlan] = []
     skipped: list[Skipped] = []
@@ -73,7 +74,7 @@ def search(request: Request, advisor: Advisor | None = None, devices: tuple[Devi
     if not plans:
         raise Unsupported(_nothing_runs(skipped))
     if len(plans) > 1:
-        plans.sort(key=_rank)
+        plans.sort(key=rank)
     return Plan(request, asked_model, devices, tuple(plans), tuple(skipped), advisor)
 
 
@@ -100,22 +101,6 @@ def _check_ranks(request: Request, devices: int) -> None:
         )
 
 
-def _spread(request: Request, box: tuple[Device, ...]) -> "Spread":
-    """What was asked of boxes and replicas, checked."""
-    for name, value in (("dp", request.dp), ("ep", request.ep)):
-        if value is not None and not 1 <= value <= 1024:
-            raise BadInput(f"{name} of {value}: give 1 to 1024")
-    if not 1 <= request.nodes <= MAX_NODES:
-        raise BadInput(f"{request.nodes} nodes: give 1 to {MAX_NODES}")
-    if request.nodes == 1 and request.interconnect is not None:
-        raise BadInput("--interconnect says what lies between boxes: give --nodes too")
-    from ..profiles.interconnect import assumed_interconnect, interconnect
-    from .placement import Spread
-
-    link = interconnect(request.interconnect) if request.interconnect else assumed_interconnect(box)
-    return Spread(request.nodes, request.dp, request.ep, link if request.nodes > 1 else None)
-
-
 def _engines(request: Request) -> Iterator[tuple[ModuleType, str]]:
     if request.engine is not None:
         name, _, version = request.engine.partition("@")
@@ -138,7 +123,9 @@ def _best_of(
 ) -> EnginePlan:
     """The engine's best plan. Experts stay on the devices where that leaves four-bit quality or better."""
     if spread is not None:
-        return _best_spread(module, version, request, asked_model, devices, spread)
+        from .boxes import best_spread
+
+        return best_spread(module, version, request, asked_model, devices, spread)
     options = request.options
     assumed = None
     ways = [options]
@@ -147,8 +134,8 @@ def _best_of(
             assumed = _assumed_host_bytes(devices)
             ways = [_with_host(options, assumed) if assumed else options]
         if options.offload_experts is None:
-            ways.insert(0, _on_devices(options))
-    notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
+            ways.insert(0, on_devices(options))
+    notes = context_notes(asked_model, request.ctx_tokens) + version_notes(module.ENGINE, version)
     found: list[EnginePlan] = []
     refusal: str | None = None
     for way in ways:
@@ -172,98 +159,13 @@ def _best_of(
             )
             for setup, estimate in offered
         )
-        found += _worth_ranking(made)
+        found += worth_ranking(made)
         refusal = refusal or offered.refusal
         if way is not ways[-1] and found and _is_good(found[0]):
             break
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
-    return min(found, key=_rank) if len(found) > 1 else found[0]
-
-
-def _best_spread(
-    module: ModuleType,
-    version: str,
-    request: Request,
-    asked_model: Model,
-    box: tuple[Device, ...],
-    spread: "Spread",
-) -> EnginePlan:
-    """The engine's best plan over several boxes or replicas. Experts stay on the devices. Tensor parallelism over boxes
-    is looked at where nothing else fits and nobody asked for sizes."""
-    notes = _context_notes(asked_model, request.ctx_tokens) + _version_notes(module.ENGINE, version)
-    ways = [spread]
-    if spread.nodes > 1 and request.tp is None:
-        ways.append(replace(spread, across=True))
-    found: list[EnginePlan] = []
-    refusal: str | None = None
-    for way in ways:
-        offered = candidates(
-            module,
-            version,
-            asked_model,
-            box,
-            request.weights,
-            request.kv_dtype,
-            request.state_dtype or "float32",
-            request.mtp,
-            bool(request.vision),
-            request.tp,
-            request.pp,
-            _on_devices(request.options),
-            way,
-        )
-        made = (
-            EnginePlan(
-                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, None, request.prices
-            )
-            for setup, estimate in offered
-        )
-        found += _best_placed(made)
-        refusal = refusal or offered.refusal
-        if found and found[0].fits:
-            break
-    if not found:
-        raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
-    best = min(found, key=_rank) if len(found) > 1 else found[0]
-    return replace(best, notes=notes + _wider_note(module, best)) if request.tp is None else best
-
-
-def _wider_note(module: ModuleType, best: EnginePlan) -> tuple[str, ...]:
-    """What tensor parallelism over the boxes would bring to a plan that goes through them in turn."""
-    setup, link = best.setup, best.setup.interconnect
-    if not best.fits or setup.dp > 1 or setup.tp == 1 == setup.pp or setup.pp % setup.nodes or link is None:
-        return ()
-    if setup.tp_nodes > 1 or not link.takes_tensor_parallelism or not module.ENGINE.replicates:
-        return ()
-    wide = replace(setup, tp=setup.tp * setup.nodes, pp=setup.pp // setup.nodes)
-    try:
-        other = EnginePlan(best.engine, wide, module.estimate(wide), best.ctx_tokens, best.seqs, (), None, best.prices)
-        now, then = decode_tokens_per_s(best), decode_tokens_per_s(other)
-    except Unsupported:
-        return ()
-    if not other.fits or then < WORTH_TELLING * now:
-        return ()
-    return (
-        f"tensor parallelism over the boxes (--tp {wide.tp}) would decode ~{then:.0f} instead of ~{now:.0f} tokens/s "
-        f"at this context, if {link.name} keeps up: pipeline stages are the default, for they ask less of it",
-    )
-
-
-def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
-    """As `_worth_ranking`, but of one format the first sure placement for each number of replicas, and of those the
-    fastest."""
-    sure: dict[int, EnginePlan] = {}
-    others: list[EnginePlan] = []
-    for found in plans:
-        first = next(iter(sure.values()), found)
-        if (found.weights, found.kv_dtype) != (first.weights, first.kv_dtype):
-            break
-        if found.fits and not found.tight:
-            sure.setdefault(found.dp, found)
-        else:
-            others.append(found)
-    return [min(sure.values(), key=_rank)] if sure else _worth_ranking(others)
+    return min(found, key=rank) if len(found) > 1 else found[0]
 
 
 def _is_good(candidate: EnginePlan) -> bool:
@@ -271,7 +173,7 @@ def _is_good(candidate: EnginePlan) -> bool:
     return candidate.fits and candidate.divergence <= FOUR_BIT_DIVERGENCE and not candidate.tight
 
 
-def _worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+def worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
     """Of plans in order of quality: the first sure fit, else the first tight one, else the nearest miss."""
     tight: EnginePlan | None = None
     nearest: EnginePlan | None = None
@@ -288,7 +190,7 @@ def _worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
 
 
 @lru_cache(maxsize=4096)
-def _on_devices(options: Options) -> Options:
+def on_devices(options: Options) -> Options:
     return replace(options, offload_experts=False)
 
 
@@ -317,7 +219,7 @@ def _with_host(options: Options, host_memory_bytes: int) -> Options:
 
 
 @lru_cache
-def _version_notes(engine: Engine, version: str) -> tuple[str, ...]:
+def version_notes(engine: Engine, version: str) -> tuple[str, ...]:
     newest = engine.versions[-1]
     if release(version) <= release(newest):
         return ()
@@ -325,7 +227,7 @@ def _version_notes(engine: Engine, version: str) -> tuple[str, ...]:
 
 
 @lru_cache
-def _context_notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
+def context_notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
     factor = asked_model.yarn_factor(ctx_tokens)
     if factor is None:
         return ()
@@ -339,7 +241,7 @@ def _context_notes(asked_model: Model, ctx_tokens: int) -> tuple[str, ...]:
     return (scaling, f"beyond {MAX_CTX_TOKENS:,} tokens the model has no published rope scaling: quality is unknown")
 
 
-def _rank(candidate: EnginePlan) -> tuple[float, ...]:
+def rank(candidate: EnginePlan) -> tuple[float, ...]:
     if not candidate.fits:
         return (2, candidate.shortfall_bytes)
     coarse = candidate.divergence > FOUR_BIT_DIVERGENCE

@@ -15,7 +15,7 @@ from .names import did_you_mean, quote
 
 FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "interconnects.json")
 MAX_PORTS = 64
-RATES = {"gb/s": 1e9, "gbit/s": 0.125e9, "mb/s": 1e6, "tb/s": 1e12}
+RATES = {"gb/s": 1e9, "gbit/s": 0.125e9, "mb/s": 1e6, "mbit/s": 0.125e6, "tb/s": 1e12}
 FAST_BYTES_PER_S = 12.5e9  # 100 Gb/s: below it tensor parallelism over boxes is not offered unasked
 SOCKET_LATENCY_S, RDMA_LATENCY_S = 4e-5, 8e-6
 
@@ -48,7 +48,7 @@ def interconnects() -> tuple[dict[str, Any], ...]:
 def interconnect(text: str) -> Interconnect:
     """The link that `--interconnect` names. UnknownName for a name that is none; BadInput for a bad count or rate."""
     wanted = text.strip().lower()
-    rate = _rate(wanted)
+    rate = rate_of(wanted)
     if rate is not None:
         latency = RDMA_LATENCY_S if rate >= FAST_BYTES_PER_S else SOCKET_LATENCY_S
         return Interconnect(wanted, f"a link of {rate / 1e9:g} GB/s", rate, latency, rate >= FAST_BYTES_PER_S, "asked")
@@ -86,8 +86,9 @@ def _made(row: dict[str, Any], count: int, assumed: bool = False) -> Interconnec
     )
 
 
-def _rate(text: str) -> float | None:
-    """Bytes per second, from `25gb/s`; None for what is no rate."""
+def rate_of(text: str) -> float | None:
+    """Bytes per second, from `25GB/s` or `200Gbit/s`; None for what is no rate."""
+    text = text.strip().lower()
     unit = text.lstrip("0123456789.")
     number = text[: len(text) - len(unit)]
     scale = RATES.get(unit.strip())

@@ -14,6 +14,7 @@ from .cholesky import Factor
 from .gguf_blocks import decode, encode
 from .gguf_codes import code_bits, levels, with_codes
 from .gptq import choose_codes
+from .hessian import Cross
 
 EMPTY_GROUP = 1e30  # in place of a scale of 0: every code but 0 is then too far away, and 0 times it is 0
 
@@ -57,7 +58,7 @@ def round_matrix(
 
 
 def solve_matrix(
-    weight: Tensor, kind: str, factor: Factor, order: Tensor | None = None, cross: Tensor | None = None
+    weight: Tensor, kind: str, factor: Factor, order: Tensor | None = None, cross: Cross | None = None
 ) -> GgufMatrix:
     """A weight [O, I] by GPTQ on the levels that its blocks' scales allow (`gptq.gptq` explains `cross`)."""
     rounded = round_matrix(weight, kind, order, factor.importance.cpu())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .cholesky import Factor, factorize
 from .grid import Grid, search_scales
+from .hessian import Cross
 from .rounding import LANES, solve_columns
 from .tasks import one_thread_each
 
@@ -41,7 +42,7 @@ def gptq(
     signed_scales: bool = True,
     damping: float = 0.01,
     activation_order: bool = True,
-    cross: Tensor | None = None,
+    cross: Cross | None = None,
     cross_strength: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, I], scales float32 [O, G] and zeros uint8 [O, G] of a weight [O, I], columns in original order.
@@ -50,9 +51,9 @@ def gptq(
     share one (damping and activation_order are then the factor's). group_size: 32, 64, 128, or -1 for one scale per
     row. signed_scales: as in `Grid`. damping: what is added to the diagonal, as a part of its mean.
 
-    cross: float32 [I, I], (X_reference - X)^T X / n: the outputs to come near to are then those of the full-precision
-    stream, W X_reference, as in GPTAQ (arXiv 2504.02692), at `cross_strength` 1 wholly, below only in part. The least
-    squares solution W + W C (H + damping)^-1 becomes the target; by the factor it costs one triangular solve.
+    cross: with it the outputs to come near to are those of the full-precision stream, W X_reference, as in GPTAQ (arXiv
+    2504.02692), at `cross_strength` 1 wholly, below only in part. The least squares solution W + W C (H + damping)^-1
+    becomes the target; by the factor it costs one triangular solve.
 
     ValueError where shapes do not fit, and for NaN or Inf.
     """
@@ -79,7 +80,7 @@ def choose_codes(
     *,
     groups: Tensor | None = None,
     minima: Tensor | None = None,
-    cross: Tensor | None = None,
+    cross: Cross | None = None,
     cross_strength: float = 1.0,
 ) -> Tensor:
     """Codes uint8 [O, I] of a weight [O, I] on levels that are given: (code - zero) * scale + minimum.
@@ -100,7 +101,7 @@ def choose_codes(
     def solve(at: int) -> None:
         part = slice(at, min(at + strip, rows))
         weights = _transposed(weight[part])
-        shift = None if cross is None else _shift(weights, cross, cross_strength, factor)
+        shift = None if cross is None else _shift(cross.times(weights, part), cross_strength, factor)
         weights = weights.index_select(0, factor.order)
         if minima is not None:
             # An error is the same whether the minimum is added to the levels or taken from the weight.
@@ -163,13 +164,13 @@ def _transposed(rows: Tensor, fill: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(rows.float().t(), (0, missing), value=fill).contiguous()
 
 
-def _shift(weights: Tensor, cross: Tensor, strength: float, factor: Factor) -> Tensor:
+def _shift(asked: Tensor, strength: float, factor: Factor) -> Tensor:
     """What the full-precision stream adds to the targets, float32 [I, R] in the factor's order.
 
     |(W - Q) X + W (X_reference - X)|^2 is, up to a constant, the sum over j of |(dW L)_j + B_j|^2 with B = W C L^-T, so
-    column j aims at B_j / L_jj more. weights: float32 [I, R] in original order.
+    column j aims at B_j / L_jj more. asked: (W C)^T, float32 [I, R] in original order.
     """
-    asked = (cross.t() @ weights).index_select(0, factor.order).mul_(strength)
+    asked = asked.index_select(0, factor.order).mul_(strength)
     columns = len(asked)
     for at in range(0, columns, BLOCK):
         end = min(at + BLOCK, columns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .quantized import Quantized
-from .rounding import LANES, find_scales, nearest_level
+from .rounding import LANES, can_round_groups, find_scales, nearest_level, round_groups
 from .tasks import one_thread_each
 
 BITS = (3, 4, 8)
@@ -24,6 +24,13 @@ TILE_ROWS = 256
 TILE_ELEMENTS = {"cpu": 1 << 17}
 """Rounded at a time: on a CPU a few temporaries of it stay in the cache."""
 REFINEMENTS = 3
+
+
+NOT_FINITE = "the weight holds NaN or Inf"
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or Inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +143,46 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized:
     """Round a weight [O, I] to the nearest levels of the grid that `search_scales` finds."""
-    scales, zeros = search_scales(weight, grid, importance)
-    codes = round_to_grid(weight, scales, zeros, grid.bits)
-    return Quantized(codes, scales, zeros, grid.bits, grid.group_columns(weight.shape[1]), grid.symmetric)
+    size = grid.group_columns(weight.shape[1])
+    if importance is None and can_round_groups(weight, size):
+        codes, scales, zeros = _rtn_at_once(weight, grid, size)
+    else:
+        scales, zeros = search_scales(weight, grid, importance)
+        codes = round_to_grid(weight, scales, zeros, grid.bits)
+    return Quantized(codes, scales, zeros, grid.bits, size, grid.symmetric)
+
+
+def _rtn_at_once(weight: Tensor, grid: Grid, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros as `search_scales` and `round_to_grid` have them, without a copy in float32."""
+    rows, columns = weight.shape
+    tried = torch.tensor(ratios(grid.bits, grid.symmetric))
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scales, zeros = torch.empty(rows, columns // size), torch.empty(rows, columns // size, dtype=torch.uint8)
+
+    def encode(at: int) -> None:
+        part = slice(at, at + TILE_ROWS)
+        is_finite = round_groups(
+            weight[part],
+            tried,
+            codes[part],
+            scales[part],
+            zeros[part],
+            bits=grid.bits,
+            group_size=size,
+            symmetric=grid.symmetric,
+            signed_scales=grid.signed_scales and grid.bits < 8,
+            scale_dtype=grid.scale_dtype,
+            refinements=REFINEMENTS,
+        )
+        if not is_finite:
+            raise NotFinite(NOT_FINITE)
+
+    with one_thread_each() as tasks:
+        tasks.run(encode, range(0, rows, TILE_ROWS))
+    return codes, scales, zeros
 
 
 def _check_finite(weight: Tensor) -> None:
     """A sum is NaN or Inf where an element is; only then (it may also overflow) is every element looked at."""
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or Inf")
+        raise NotFinite(NOT_FINITE)

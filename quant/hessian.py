@@ -7,6 +7,7 @@ Only the lower triangle is computed, tile by tile and in place: half of the prod
 second matrix of its size. Matrices with the same input (q, k and v; gate and up) share one `Hessian`.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,19 +21,48 @@ CHUNK_TOKENS = 2048
 ERROR_ROWS = 512
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cross:
+    """C = (X_reference - X)^T X / n, what GPTAQ needs (arXiv 2504.02692, eq. 9): X is what the quantized layers before
+    feed into a matrix, X_reference what the full-precision ones would have.
+
+    matrix: float32, C itself [I, I], or W C [O, I] of the one weight W that reads this input (`of_weight`).
+    """
+
+    matrix: Tensor
+    of_weight: bool = False
+
+    def times(self, weights: Tensor, rows: slice) -> Tensor:
+        """(W C)^T, float32 [I, R], of some rows of W; weights: those rows as float32 [I, R']; R' may be more than R,
+        filled up with zeros, and so is what comes out."""
+        if not self.of_weight:
+            return self.matrix.t() @ weights
+        part = self.matrix[rows]
+        return torch.nn.functional.pad(part.t(), (0, weights.shape[1] - len(part))).contiguous()
+
+
 class Hessian:
     """Sums X^T X over batches.
 
-    columns: I. cross: also sum (X_reference - X)^T X, what GPTAQ needs (arXiv 2504.02692, eq. 9): X is what the
-    quantized layers before feed into the matrix, X_reference what the full-precision ones would have.
+    columns: I. cross: also sum (X_reference - X)^T X (`Cross`). weight: [O, I], sum W (X_reference - X)^T X instead,
+    where that is less work and memory (`product_is_less`).
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu", *, cross: bool = False) -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        *,
+        cross: bool = False,
+        weight: Tensor | None = None,
+    ) -> None:
         self.columns = columns
-        self.tokens = 0
+        self.tokens = self.cross_tokens = 0
         # Not zeroed: the first tokens write, all later ones add.
         self._sum: Tensor | None = torch.empty(columns, columns, device=device)
-        self._cross_sum = torch.empty(columns, columns, device=device) if cross else None
+        self._weight = weight if cross else None
+        rows = columns if self._weight is None else len(self._weight)
+        self._cross_sum = torch.empty(rows, columns, device=device) if cross else None
 
     @property
     def has_cross(self) -> bool:
@@ -40,16 +70,17 @@ class Hessian:
         return self._cross_sum is not None
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
-        """Add tokens: x [..., I] of any float dtype, reference like x where the sum has a cross term.
+        """Add tokens: x [..., I] of any float dtype; reference: like x, for the cross term. Tokens without it add to
+        H alone: the full-precision stream need not have them all.
 
-        ValueError for another width, for values that are not finite, and where `reference` is missing or not asked for.
+        ValueError for another width, for values that are not finite, and where `reference` is not asked for.
         """
         total, cross_total = self._sum, self._cross_sum
         if total is None:
             raise ValueError("this Hessian was finished: start another one for more tokens")
         if x.shape[-1] != self.columns:
             raise ValueError(f"tokens of {x.shape[-1]} values for a Hessian of {self.columns} columns")
-        if (reference is None) != (cross_total is None) or (reference is not None and reference.shape != x.shape):
+        if reference is not None and (cross_total is None or reference.shape != x.shape):
             raise ValueError("a Hessian with a cross term takes x and a reference of its shape, another one x alone")
         rows = x.reshape(-1, self.columns)
         wanted = None if reference is None else reference.reshape(-1, self.columns)
@@ -63,7 +94,10 @@ class Hessian:
                 tasks.run(partial(_add_strip, total, part, keep), range(0, self.columns, strip))
                 if wanted is not None and cross_total is not None:
                     shift = wanted[start : start + CHUNK_TOKENS].to(total) - part
-                    tasks.run(partial(_add_cross, cross_total, shift, part, keep), range(0, self.columns, strip))
+                    keep = int(self.cross_tokens > 0)
+                    add = partial(_add_cross, cross_total, shift, part, keep, strip, self._weight)
+                    tasks.run(add, range(0, len(cross_total), strip))
+                    self.cross_tokens += len(part)
                 self.tokens += len(part)
 
     def mean(self) -> Tensor:
@@ -76,12 +110,19 @@ class Hessian:
             raise ValueError("no tokens were added: there is no mean")
         return mirror(total, 1 / self.tokens)
 
-    def cross_mean(self) -> Tensor:
-        """(X_reference - X)^T X / n, float32 [I, I]. ValueError where it was not asked for, or without tokens."""
+    def cross_mean(self, unmoved: int = 0) -> Cross:
+        """The mean over the tokens that came with a reference, and over `unmoved` more, as if both streams had agreed
+        on those. ValueError where it was not asked for, or without tokens."""
         total, self._cross_sum = self._cross_sum, None
-        if total is None or not self.tokens:
+        if total is None or not self.cross_tokens:
             raise ValueError("no cross term was summed: create the Hessian with cross=True and add tokens")
-        return total.mul_(1 / self.tokens)
+        return Cross(total.mul_(1 / (self.cross_tokens + unmoved)), self._weight is not None)
+
+
+def product_is_less(rows: int, columns: int, tokens: int) -> bool:
+    """Whether W C of a weight [rows, columns] is less work to sum over the tokens (2 n O I) than C with its product
+    afterwards ((n + O) I^2). It then also takes less memory: that is down_proj, which has fewer rows than columns."""
+    return rows < columns and 2 * tokens * rows < (tokens + rows) * columns
 
 
 def strip_rows(columns: int) -> int:
@@ -95,9 +136,11 @@ def _add_strip(total: Tensor, x: Tensor, keep: int, at: int) -> None:
     total[at:end, :end].addmm_(x[:, at:end].t(), x[:, :end], beta=keep)
 
 
-def _add_cross(total: Tensor, shift: Tensor, x: Tensor, keep: int, at: int) -> None:
-    end = at + strip_rows(len(total))
-    total[at:end].addmm_(shift[:, at:end].t(), x, beta=keep)
+def _add_cross(total: Tensor, shift: Tensor, x: Tensor, keep: int, strip: int, weight: Tensor | None, at: int) -> None:
+    """One strip of rows of shift^T X, or of W shift^T X."""
+    rows = slice(at, at + strip)
+    moved = shift[:, rows] if weight is None else shift @ weight[rows].to(shift).t()
+    total[rows].addmm_(moved.t(), x, beta=keep)
 
 
 def mirror(lower: Tensor, scale: float = 1.0) -> Tensor:

@@ -7,13 +7,14 @@ the original weights, and the targets are its outputs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
 from .activations import Activations
 from .decoder import EXPERTS, DecoderLayer, Stream
 from .experts import EXPERT, Method, solve_by, solve_expert
-from .hessian import CHUNK_TOKENS, Hessian
+from .hessian import CHUNK_TOKENS, Hessian, product_is_less
 from .modules import STAGES, Module
 from .quantized import Scheme
 from .recorder import Recorder
@@ -49,11 +50,14 @@ class LayerSolver:
                 continue
             inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
             here = {leaf: modules[leaf] for leaf in STAGES[stage] if leaf in modules}
-            if here and self.method.name == "gptq":
-                originals = {leaf: layers[0].weights[leaf] for leaf in here}
-                for leaf, solved in self._solve(here, originals, accumulated(inputs)).items():
-                    layers[0].weights[leaf] = solved.weight.dequantize()
-            for layer, stream, x in zip(layers, streams, inputs, strict=True):
+            originals = {leaf: layers[0].weights[leaf] for leaf in here}
+            solve = bool(here) and self.method.name == "gptq"
+            hessian = accumulated(inputs, list(originals.values())) if solve else None
+            # Whatever else there is of streams goes on first: what it read is then free while solving.
+            for layer, stream, x in reversed(list(zip(layers, streams, inputs, strict=True))):
+                if layer is layers[0] and hessian is not None:
+                    for leaf, solved in self._solve(here, originals, hessian).items():
+                        layer.weights[leaf] = solved.weight.dequantize()
                 layer.leave(stage, stream, x)
                 for leaf in STAGES[stage]:
                     if not leaf.startswith(SHARED):  # "experts" still reads those
@@ -145,10 +149,17 @@ class LayerSolver:
         return inputs, weights, schemes, self.method
 
 
-def accumulated(inputs: list[Activations]) -> Hessian:
-    """The Hessian of the first stream's activations, with the cross term to the second's where there is one."""
-    hessian = Hessian(inputs[0].columns, inputs[0].device, cross=len(inputs) > 1)
-    for at in range(0, len(inputs[0]), CHUNK_TOKENS):
-        rows = slice(at, at + CHUNK_TOKENS)
-        hessian.add(inputs[0][rows], inputs[1][rows] if len(inputs) > 1 else None)
+def accumulated(inputs: list[Activations], weights: list[Tensor]) -> Hessian:
+    """The Hessian of the first stream's activations, with the cross term to the second's where there is one.
+
+    The second may have only the first tokens of the first. weights: those that read them.
+    """
+    x, references = inputs[0], inputs[1:]
+    common = len(references[0]) if references else 0
+    alone = weights[0] if len(weights) == 1 and product_is_less(len(weights[0]), x.columns, common) else None
+    hessian = Hessian(x.columns, x.device, cross=bool(references), weight=alone)
+    bounds = sorted({*range(0, len(x), CHUNK_TOKENS), common, len(x)})
+    for start, stop in pairwise(bounds):
+        rows = slice(start, stop)
+        hessian.add(x[rows], references[0][rows] if stop <= common else None)
     return hessian

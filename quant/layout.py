@@ -35,8 +35,8 @@ class Layout:
 
 def lay_out(source: Source, recipe: Recipe) -> Layout:
     """`QwenfitError` in one sentence for what no file can hold."""
-    whole = recipe.completed(source.model.is_moe)
     found = list_modules(source)
+    whole = recipe.completed(source.model.is_moe, max((module.columns for module in found), default=0))
     if whole.lm_head != KEEP and not any(module.part == "lm_head" for module in found):
         instead = "quantize the embeddings" if whole.format == "gguf" else "leave out --lm-head"
         raise Unsupported(f"the head shares the embedding's weights: {instead}")

@@ -8,10 +8,11 @@ one that was not.
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
 from .experts import Method
+from .grid import NotFinite
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .layout import lay_out
@@ -36,9 +38,13 @@ from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
 from .solve import round_to_nearest
 from .source import Source, open_source
+from .tasks import one_ahead
 from .weights import Weights
 from .workers import Here, RayCluster, workers_at
 
+TARGET_SHARE = 0.75
+"""Of the calibration sequences, those that the full-precision stream takes: with all of them a layer costs 10 % more,
+with half of them the targets lose what they gain (docs/quantization.md)."""
 PROCESS_BYTES = 500_000_000
 """Python, torch and what its allocator keeps."""
 
@@ -174,19 +180,25 @@ class _Job:
             self.result.copy()
             self._save(recorder, journal, 0, streams)
         method = Method(str(self.recipe.method), self.result.scale_dtype, self.recipe.damping)
+        outside = [module for module in self.modules if module.layer is None]
+        inside = [] if streams else [m for n in range(first, self.configuration.num_layers) for m in self._layer(n)]
+        ahead = self._read_ahead([*inside, *outside])
         solver = LayerSolver(self.weights, recorder, self.schemes, method, workers)
         for number in range(first, self.configuration.num_layers):
-            modules = {module.leaf: module for module in self.modules if module.layer == number}
             if streams:
+                modules = {module.leaf: module for module in self._layer(number)}
                 originals = self.weights.layer(number)
                 layers = [DecoderLayer(originals, self.configuration, number) for _ in streams]
                 solver.solve_layer(layers, streams, modules)
             else:
-                self._round(modules.values(), recorder)
+                self._round(self._layer(number), recorder, ahead)
             recorder.layer_done(number)
             self._save(recorder, journal, number + 1, streams)
-        self._round([module for module in self.modules if module.layer is None], recorder)
+        self._round(outside, recorder, ahead)
         self.result.sync()
+
+    def _layer(self, number: int) -> list[Module]:
+        return [module for module in self.modules if module.layer == number]
 
     def spills(self, max_ram_bytes: int | None) -> bool:
         """Whether activations have to go to files; `BadInput` where even that is not enough."""
@@ -199,9 +211,10 @@ class _Job:
         if self.tokens is not None:
             widest = max(module.columns for module in self.modules)
             fixed += self.weights.layer_bytes(0) + 2 * 4 * widest**2
+            if self.recipe.full_precision_targets:
+                fixed += 4 * widest * min(widest, config.hidden_size)  # the cross term (`hessian.py`)
             inner = max(config.intermediate_size, config.value_dim, config.num_attention_heads * config.head_dim)
-            streams = 1 + self.recipe.full_precision_targets
-            activations = 4 * self.tokens.numel() * streams * (2 * config.hidden_size + inner)
+            activations = 4 * sum(self._stream_tokens()) * (2 * config.hidden_size + inner)
         if fixed > max_ram_bytes:
             raise BadInput(
                 f"--max-ram {max_ram_bytes:,} bytes: about {fixed:,} are needed beside activations; give that, or take "
@@ -209,33 +222,48 @@ class _Job:
             )
         return fixed + activations > max_ram_bytes
 
-    def _round(self, modules: Iterable[Module], recorder: Recorder) -> None:
-        """To nearest, some rows at a time: a head has more of them than fit into memory twice."""
+    def _round(self, modules: Iterable[Module], recorder: Recorder, weights: Iterator[Tensor]) -> None:
+        """To nearest, some rows at a time: a head has more of them than fit into memory twice. weights: from
+        `_read_ahead`, the next of which are these modules'."""
         for module in modules:
             scheme, order = self.schemes[module.name], self.result.orders.get(module.name)
             for rows in self.result.row_blocks(module):
-                solved = round_to_nearest(self.weights.module(module, rows), scheme, self.result.scale_dtype, order)
+                try:
+                    solved = round_to_nearest(next(weights), scheme, self.result.scale_dtype, order)
+                except NotFinite:
+                    self.weights.module(module, rows)  # names the tensor
+                    raise
                 recorder.write(module, solved, rows.start)
+
+    def _read_ahead(self, modules: Iterable[Module]) -> Iterator[Tensor]:
+        """Every block of rows of these modules, read while the one before is rounded, which looks for NaN and Inf."""
+        blocks = ((module, rows) for module in modules for rows in self.result.row_blocks(module))
+        return one_ahead(
+            lambda block: self.weights.module(*block, is_checked=self.schemes[block[0].name].kind is not None), blocks
+        )
 
     def _streams(self, journal: Journal, layer: int, folder: str | None) -> list[Stream]:
         """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
         if self.tokens is None:
             return []
-        columns, rows, count = (
-            self.configuration.hidden_size,
-            self.tokens.numel(),
-            1 + self.recipe.full_precision_targets,
-        )
-        entering = journal.hidden(layer, count * rows, columns) if layer else None
+        columns, counts = self.configuration.hidden_size, self._stream_tokens()
+        entering = journal.hidden(layer, sum(counts), columns) if layer else self.weights.embedded(self.tokens)
         streams = []
-        for at in range(count):
+        for at, count in enumerate(counts):
             path = None if folder is None else os.path.join(folder, f"hidden-{at}")
-            hidden = Activations(rows, columns, self.device, path)
-            hidden[:] = (
-                self.weights.embedded(self.tokens) if entering is None else entering[at * rows : (at + 1) * rows]
-            )
+            hidden = Activations(count, columns, self.device, path)
+            first = sum(counts[:at]) if layer else 0
+            hidden[:] = entering[first : first + count]
             streams.append(Stream(hidden, self.tokens.shape[1], folder=folder))
         return streams
+
+    def _stream_tokens(self) -> list[int]:
+        """Tokens of the quantized stream, and of the full-precision one where it is asked for: whole sequences."""
+        if self.tokens is None:
+            return []
+        sequences, length = self.tokens.shape
+        shared = [math.ceil(TARGET_SHARE * sequences)] if self.recipe.full_precision_targets else []
+        return [count * length for count in (sequences, *shared)]
 
     def _save(self, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
         self.result.sync()

@@ -31,7 +31,11 @@ GROUP_SIZES = (32, 64, 128, -1)
 GGUF_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q6_K": 6, "Q8_0": 8}
 GGUF_TYPES = {4: "Q4_K", 6: "Q6_K", 8: "Q8_0"}
 """Of GGML's block types that are written: their bits, and what is taken for so many bits."""
+TARGET_COLUMNS = 9216
+"""Those of down_proj of the 4B. At 12,288 (9B) the second pass takes a layer of 8,192 tokens beyond 3 CPU-minutes on
+two ordinary cores (docs/quantization.md), so there --gptaq has to be asked for."""
 KEEP = 16
+FLAGS = ("symmetric", "full_precision_targets")
 PARTS = ("lm_head", "embeddings", "shared_experts", "mtp")
 LIMIT_BYTES = 1 << 16
 MOST_PATTERN = 1000
@@ -56,7 +60,8 @@ class Recipe:
     groups; None for the one of `bits`. activation_bits: 8 for W8A8. lm_head, embeddings, shared_experts, mtp: bits, 16
     keeps them; 6 and quantized embeddings are for GGUF files, which engines read so.
     calibration: a file, None the text that ships with the package. full_precision_targets: gptq aims at the outputs of
-    the full-precision stream (GPTAQ), for a second forward pass per layer.
+    the full-precision stream (GPTAQ), for a second forward pass per layer; None is yes for dense models of at most
+    TARGET_COLUMNS columns. Experts have no such targets, and what is left of the gain was not measured.
     """
 
     bits: int = 4
@@ -75,7 +80,7 @@ class Recipe:
     sequence_tokens: int = 512
     seed: int = 0
     damping: float = 0.01
-    full_precision_targets: bool = False
+    full_precision_targets: bool | None = None
     modules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,10 +105,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return self.method in ("gptq", "awq")
 
-    def completed(self, is_moe: bool) -> "Recipe":
-        """With what was left open. `Unsupported` for combinations that no format or loader has."""
+    def completed(self, is_moe: bool, columns: int) -> "Recipe":
+        """With what was left open; columns: of the model's widest matrix. `Unsupported` for combinations that no format
+        or loader has."""
         if self.format == "gguf":
-            return self._completed_for_gguf()
+            return self._completed_for_gguf(is_moe, columns)
         if self.gguf_type:
             raise Unsupported(f"{self.gguf_type} is a type of GGUF files: add --format gguf")
         if 6 in (self.bits, *(getattr(self, part) for part in PARTS), *(rule.bits for rule in self.modules)):
@@ -116,7 +122,8 @@ class Recipe:
             # compressed-tensors with zero points loads everywhere but in experts (`compressed_tensors_file.py`).
             takes_zeros = self.format == "awq" or (self.format == "compressed-tensors" and not is_moe)
             symmetric = not (takes_zeros and self.bits == 4)
-        whole = replace(self, method=method, symmetric=symmetric)
+        targets = self._targets(method, is_moe, columns)
+        whole = replace(self, method=method, symmetric=symmetric, full_precision_targets=targets)
         if whole.activation_bits:
             whole = replace(whole, bits=8, group_size=-1, symmetric=True)
         if whole.format == "awq" and (whole.bits != 4 or whole.symmetric):
@@ -127,7 +134,7 @@ class Recipe:
             raise Unsupported("8-bit weights are written symmetric: leave out --asym")
         return whole
 
-    def _completed_for_gguf(self) -> "Recipe":
+    def _completed_for_gguf(self, is_moe: bool, columns: int) -> "Recipe":
         kind = self.gguf_type or GGUF_TYPES[self.bits]
         bits = GGUF_BITS[kind]
         method = self.method or ("rtn" if bits == 8 else "gptq")
@@ -135,7 +142,15 @@ class Recipe:
             raise Unsupported("--method awq is for folders; GGUF files take gptq (K-quants too) and rtn")
         if self.activation_bits:
             raise Unsupported("GGUF stores weights only: W8A8 is for --format compressed-tensors")
-        return replace(self, bits=bits, gguf_type=kind, method=method, symmetric=None)
+        targets = self._targets(method, is_moe, columns)
+        return replace(self, bits=bits, gguf_type=kind, method=method, symmetric=None, full_precision_targets=targets)
+
+    def _targets(self, method: str, is_moe: bool, columns: int) -> bool:
+        if self.full_precision_targets and method != "gptq":
+            raise Unsupported(f"full-precision targets are for gptq: leave out --gptaq, or --method {method}")
+        if self.full_precision_targets is not None:
+            return self.full_precision_targets
+        return method == "gptq" and not is_moe and columns <= TARGET_COLUMNS
 
     def text(self) -> str:
         """The recipe as YAML, resolved: what is written beside the checkpoint."""
@@ -169,9 +184,7 @@ def read_recipe(path: str, base: Recipe) -> Recipe:
             raise BadInput(f"{path}: {short(name)} is not one of {', '.join(known)}")
     values = {name: value for name, value in data.items() if name != "modules"}
     for name, value in values.items():
-        if not isinstance(value, _types(name)) or (
-            isinstance(value, bool) != isinstance(getattr(Recipe(), name), bool) and name != "symmetric"
-        ):
+        if not isinstance(value, _types(name)) or (isinstance(value, bool) and name not in FLAGS):
             raise BadInput(f"{path}: {name} is {short(value)}")
     if "modules" in data:
         values["modules"] = tuple(_rule(path, entry) for entry in _list(path, data["modules"]))
@@ -247,7 +260,7 @@ def _check(name: str, value: object, known: tuple[object, ...]) -> None:
 def _types(name: str) -> tuple[type, ...]:
     if name in ("method", "format", "gguf_type", "calibration"):
         return (str,)
-    return (float, int) if name == "damping" else (bool,) if name in ("symmetric", "full_precision_targets") else (int,)
+    return (float, int) if name == "damping" else (bool,) if name in FLAGS else (int,)
 
 
 def _list(path: str, value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The two loops that see every weight: which scale a group gets, and GPTQ's walk through a block of columns.
+"""The loops that see every weight: the scale of a group (and its codes), and GPTQ's walk through a block of columns.
 
 On a CPU they are C (`kernels/cpu/csrc/rounding.h`); elsewhere, and where there is no compiler, plain torch. Both give
 the same bits: a product and a sum are rounded separately, sums over a group follow one tree, candidates come in one
@@ -12,6 +12,8 @@ from ..kernels.cpu.library import CpuLibrary, cpu_library
 from ..kernels.cpu.operations import DTYPES, operation
 
 LANES = 16
+ROUND_GROUPS_MOST = 16384  # columns of a group, as in csrc/operations.h
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of a tile of the torch loop: on a CPU its half dozen temporaries stay in the second-level cache.
 TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 
@@ -71,6 +73,56 @@ def find_scales(
         found = _find_scales(part, grouped, ratios.tolist(), bits, symmetric, signed_scales, scale_dtype, refinements)
         scales[at : at + step], zeros[at : at + step] = found
     return scales, zeros
+
+
+def can_round_groups(weight: Tensor, group_size: int) -> bool:
+    """Whether `round_groups` takes a weight [O, I]: a row-major matrix of floats on a CPU with the C kernels."""
+    fits = group_size <= ROUND_GROUPS_MOST and group_size % LANES == 0 and weight.is_contiguous()
+    return fits and weight.dtype in FLOATS and _library(weight) is not None
+
+
+def round_groups(
+    weight: Tensor,
+    ratios: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    signed_scales: bool,
+    scale_dtype: torch.dtype,
+    refinements: int,
+) -> bool:
+    """`find_scales` with equal costs and the nearest codes, in one pass in C; False where weights are NaN or Inf.
+
+    weight: [O, I] as `can_round_groups` wants it, in its own dtype. Written: codes uint8 [O, I], scales float32 [O, G],
+    zeros uint8 [O, G], with the bits that `find_scales` and division by its scales would give.
+    """
+    library = _library(weight)
+    if library is None:
+        raise ValueError("without the C kernels find_scales does it: ask can_round_groups")
+    task = operation(
+        "ROUND_GROUPS",
+        weight=weight.data_ptr(),
+        dtype=DTYPES[weight.dtype],
+        ratios=ratios.data_ptr(),
+        ratio_count=len(ratios),
+        refinements=refinements,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        group_size=group_size,
+        bits=bits,
+        symmetric=symmetric,
+        signed_scales=signed_scales,
+        scale_dtype=DTYPES[scale_dtype],
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=zeros.data_ptr(),
+    )
+    library.run_here(task)
+    return not task.is_bad
 
 
 def _find_scales(

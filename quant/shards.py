@@ -21,6 +21,7 @@ from torch import Tensor
 from ..kernels.layout.checkpoint import DTYPES
 from .placed_file import PlacedFile, refuse
 from .source import Source
+from .tasks import one_ahead
 
 SHARD_BYTES = 4_500_000_000
 INDEX = "model.safetensors.index.json"
@@ -83,9 +84,11 @@ class Shards:
         self.files[file].write(offset + start * row_bytes, data)
 
     def copy(self, name: str, source: Source) -> None:
-        """A tensor of the source as it is, checked, in pieces of 64 MB: an embedding may be larger than the memory."""
-        for rows in source.row_blocks(name):
-            self.write(name, source.tensor(name, rows if source.shape(name) else None), rows.start)
+        """A tensor of the source as it is, checked, in pieces of 16 MB: an embedding may be larger than the memory."""
+        blocks = list(source.row_blocks(name))
+        pieces = one_ahead(lambda rows: source.tensor(name, rows if source.shape(name) else None), blocks)
+        for rows, piece in zip(blocks, pieces, strict=True):
+            self.write(name, piece, rows.start)
 
     def sync(self) -> None:
         """Waits until everything written so far is on the disk."""

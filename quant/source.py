@@ -27,7 +27,7 @@ from ..profiles.json_file import read_json_object, short
 from ..profiles.model import Model
 from .hub import hub_folder
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 # Sign and exponent aside, what is not finite has all exponent bits set: (integer of the same width, exponent mask).
 _EXPONENTS = {"BF16": (torch.int16, 0x7F80), "F16": (torch.int16, 0x7C00), "F32": (torch.int32, 0x7F800000)}
 
@@ -55,10 +55,11 @@ class Source:
     def bytes(self, name: str) -> int:
         return self.tensors[name].bytes
 
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None, *, is_checked: bool = True) -> Tensor:
         """The tensor as it is stored, or those rows (without a step) of its first dimension.
 
-        `BadInput` where the file ends before it, and where it holds NaN or infinity, naming the tensor.
+        `BadInput` where the file ends before it, and where it holds NaN or infinity, naming the tensor. is_checked
+        False: the reader looks for these himself.
         """
         place = self.tensors[name]
         if rows is not None:
@@ -73,7 +74,8 @@ class Source:
             tensor = read_tensor(place)
         except ValueError as error:
             raise BadInput(f"{error} ({short(name)}); the source changed while it was read") from error
-        self._refuse_infinite(name, tensor)
+        if is_checked:
+            self._refuse_infinite(name, tensor)
         return tensor
 
     def row_blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:

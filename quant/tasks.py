@@ -7,10 +7,14 @@ machine spin for most of the time that a small operation takes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+Argument = TypeVar("Argument")
+Value = TypeVar("Value")
 
 
 class Tasks:
@@ -27,6 +31,20 @@ class Tasks:
             return
         for future in [self._pool.submit(function, argument) for argument in arguments]:
             future.result()
+
+
+def one_ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:
+    """function(argument) for one argument after the other; while a value is in use the next one is on its way, in a
+    thread of its own: for reading. Two values are in memory at most."""
+    with ThreadPoolExecutor(1) as reader:
+        coming: Future[Value] | None = None
+        for argument in arguments:
+            waiting, coming = coming, reader.submit(function, argument)
+            if waiting is not None:
+                yield waiting.result()
+                del waiting
+        if coming is not None:
+            yield coming.result()
 
 
 @contextmanager

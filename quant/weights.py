@@ -17,12 +17,17 @@ class Weights:
         self.source, self.device = source, device
         self._experts = {(module.layer, module.leaf): module for module in modules if module.expert is not None}
 
-    def module(self, module: Module, rows: slice = slice(None)) -> Tensor:
-        """A module's matrix [rows, columns], or some of its rows; of a stack of experts its expert's only are read."""
+    def module(self, module: Module, rows: slice = slice(None), *, is_checked: bool = True) -> Tensor:
+        """A module's matrix [rows, columns], or some of its rows; of a stack of experts its expert's only are read.
+
+        is_checked: see `Source.tensor`.
+        """
         if len(self.source.shape(module.tensor)) == 3 and module.expert is not None:
-            expert = self.source.tensor(module.tensor, slice(module.expert, module.expert + 1))[0]
+            expert = self.source.tensor(module.tensor, slice(module.expert, module.expert + 1), is_checked=is_checked)[
+                0
+            ]
             return expert[module.first_row : module.first_row + module.rows][rows].to(self.device)
-        return self.source.tensor(module.tensor, rows).to(self.device)
+        return self.source.tensor(module.tensor, rows, is_checked=is_checked).to(self.device)
 
     def expert(self, layer: int, expert: int, name: str) -> Tensor:
         """gate_proj, up_proj or down_proj of an expert, however experts are stored."""

@@ -314,3 +314,26 @@ def test_whatever_was_logged_a_fit_is_within_bounds(amounts: list[int]) -> None:
         assert 1 / LARGEST_FACTOR <= one.factor <= LARGEST_FACTOR
         assert 0 < one.low <= 1 <= one.high
     held_out(receipts)
+
+
+def test_native_runs_teach_scratch_and_runtime() -> None:
+    """Receipts of `qwen-plan verify`: activations at 0.8 and the runtime at 1.2 times what is built in. A plan with
+    what was learned comes nearer to a run that was not seen."""
+    factors, chance, found = {"activation": 0.8, "runtime": 1.2}, Random(3), []
+    for place, (name, ctx_tokens) in enumerate((("0.8b", 4096), ("0.8b", 32768), ("4b", 4096), ("4b", 32768))):
+        one = plan(Request(name, ("epyc-rome-8ch-128gb",), ctx_tokens, engine="native", weights="int4")).best
+        log = logged(one, factors, chance, 0.02)
+        found.append(receipt(one, log, "2026-11-22", "0", f"qwen-plan verify, plan {place}"))
+    own = fit(found)
+    assert {one.part for one in own.factors} == {"activation", "runtime"} and {one.engine for one in own.factors} == {
+        "native"
+    }
+    for part, truth in factors.items():
+        assert min(1.0, truth) < factor_of(own, part).factor < max(1.0, truth)
+    unseen = Request("9b", ("epyc-rome-8ch-128gb",), 8192, engine="native", weights="int8")
+    before = plan(unseen).best.devices[0].memory
+    after = plan(replace(unseen, options=replace(unseen.options, calibration=own))).best.devices[0].memory
+    for part, truth in factors.items():
+        real = before.parts[part].mid * truth
+        assert abs(after.parts[part].mid - real) < 0.6 * abs(before.parts[part].mid - real)
+    assert all(one.after < one.before for one in held_out(found))

@@ -58,7 +58,7 @@ UNANSWERABLE = [
     ("--gpus rtx3060", "--gpus"),
     ("--gpu", "--gpu"),
     ("rtx3060", "rtx3060"),
-    ("probe", "probe"),
+    ("prob", "prob"),
     ("--json --format table", "--json"),
     ("--format yaml", "--format"),
     ("--ctx 5 devices", "devices"),

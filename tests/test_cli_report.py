@@ -55,6 +55,19 @@ def test_json_and_markdown_say_the_same(write: Any, tmp_path: Path, capsys: pyte
     assert seconds(kind["measured"]["ttft_s"][2]) in text and "| as asked |" in text
 
 
+def test_a_replica_may_be_several_boxes(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = tmp_path / "r.md"
+    boxes = "model: 27b\nengine: vllm\nweights: bf16\nnodes: 2\npp: 2\ntp: 2\ninterconnect: roce-100"
+    text = SMALL.replace("model: 0.8b\nengine: llama.cpp\nweights: q8_0", boxes)
+    text = text.replace("rtx3060", "2xl40s", 1).replace("money: {device_price_usd: {rtx3060: 300}", "money: {years: 3")
+    assert main(["report", write(text), "--json", "--output", str(note)]) == 0
+    [kind] = json.loads(capsys.readouterr().out)["replicas"]
+    assert "--nnodes 2 --node-rank 0" in kind["command"]
+    told = note.read_text()
+    assert "(2 boxes of 2xl40s)" in told and "pipeline parallel 2, 2 boxes over roce-100" in told
+    assert "RoCE, 100 Gb/s" in told
+
+
 def test_an_impossible_promise_is_an_answer(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     impossible = SMALL.replace("p95_ttft_s: 2", "p95_ttft_s: 0.0001").replace(", replicas: 1", "")
     assert main(["report", write(impossible), "--format", "markdown"]) == 1
@@ -92,6 +105,9 @@ BAD = [
     ("model: 0.8b", "model: 0.8b\nmodel: 9b", 3, "twice"),
     ("engine: llama.cpp", "ctx_tokens: 256", 3, "the longest request has 400 tokens"),
     ("engine: llama.cpp", "candidates: [l40s, l40s]", 3, "twice"),
+    ("engine: llama.cpp", "interconnect: ib-ndr", 3, "give nodes too"),
+    ("engine: llama.cpp", "interconnect: ib-xyz\nnodes: 2", 3, "no interconnect"),
+    ("engine: llama.cpp", "nodes: 0", 3, "nodes"),
     ("engine: llama.cpp", "candidates: [l41s]", 3, "l40s"),
     ("{rtx3060: 300}", "{rtx3061: 300}", 12, "rtx3061"),
     ("{devices: rtx3060, replicas: 1, seats: 2}", "[{devices: rtx3060}, {devices: l40s}]", 5, "a mix needs replicas"),

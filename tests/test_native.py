@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenfit.planner.calibration import Calibration, Factor
 from qwenfit.planner.engines import native
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.request import Options
@@ -195,3 +196,21 @@ def test_more_never_takes_less(
     short = made.shortfall_bytes(ctx, seqs)
     assert short == -less.devices[0].free_bytes and less.fits == (short <= 0)
     assert memory.weights.mid <= wider.allocate(ctx, seqs).devices[0].memory.weights.mid
+
+
+def test_receipts_move_what_is_estimated_and_nothing_else() -> None:
+    """A calibration by half of the scratch and a third more of the runtime; the shortfall follows to the byte."""
+    factors = (
+        Factor("native", "activation", "", "", 4, 4, 0.5, 0.9, 1.1),
+        Factor("native", "runtime", "", "", 4, 4, 4 / 3, 0.8, 1.2),
+        Factor("llama.cpp", "runtime", "", "", 4, 4, 9.0, 0.8, 1.2),
+    )
+    plain_, moved = estimate(), estimate(options={"calibration": Calibration("mine.yaml", factors)})
+    before, after = (one.allocate(32768, 4).devices[0].memory for one in (plain_, moved))
+    for part in ("weights", "kv_cache", "recurrent_state"):
+        assert before.parts[part] == after.parts[part]
+    half = before.activation.mid / 2
+    assert after.activation.mid == pytest.approx(half, abs=1)
+    assert (after.activation.low, after.activation.high) == pytest.approx((half * 0.9, half * 1.1), abs=2)
+    assert after.runtime.mid == pytest.approx(before.runtime.mid * 4 / 3, abs=1)
+    assert moved.shortfall_bytes(32768, 4) - plain_.shortfall_bytes(32768, 4) == after.total.mid - before.total.mid

@@ -4,7 +4,10 @@ Rules: vLLM 0.32 `config/parallel.py`, `distributed/utils.py` (`get_pp_indices`)
 `arg_groups/`. The three cases of the 397B are the ones that its users ask about.
 """
 
+import json
 import shlex
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as some
 from qwenfit.planner import Request, plan
 from qwenfit.planner.engines import vllm
 from qwenfit.planner.plan import EnginePlan, Plan
+from qwenfit.planner.plan_file import read_plan
 from qwenfit.planner.weights import weight_table
 from qwenfit.profiles import model, weight_format
 from qwenfit.profiles.errors import BadInput, QwenfitError, Unsupported
@@ -88,8 +92,29 @@ def test_replicas_share_the_experts_and_nothing_else() -> None:
     assert found.fits and sizes(found) == (8, 1, 2, 16)
     table = weight_table(model(LARGE), weight_format("bf16"), 8, 2, 16)
     assert found.devices[0].memory.weights.mid == table.text
+    # but the shared expert (60 layers of three times 4,096 x 1,024), whole on every rank instead of an eighth of it
+    beside = sum(table.layers) - sum(weight_table(model(LARGE), weight_format("bf16"), 8).layers)
+    assert beside == 60 * 3 * 4096 * 1024 * 2 * 7 // 8
     more = best("8xa100-80gb", 2, engine="vllm", dp=2, seqs=9)
     assert more.detail["max_num_seqs"] == 5  # of one replica
+
+
+def test_sglang_is_told_totals_where_replicas_share_one_world() -> None:
+    """It divides requests, state slots and the chunk by --attn-dp-size (sglang 0.5.23 `arg_groups/parallel_hook.py`,
+    `mem_cache/kv_cache_configurator.py`), and its tp is that of all replicas together."""
+    found = best("8xa100-80gb", 2, engine="sglang", dp=2, seqs=9)
+    words, detail = shlex.split(found.command), found.detail
+    told = {flag: value for flag, value in pairwise(words) if flag.startswith("--")}
+    assert (detail["max_running_requests"], told["--max-running-requests"]) == (5, "10")
+    for flag, own in (
+        ("--max-mamba-cache-size", "max_mamba_cache_size"),
+        ("--chunked-prefill-size", "chunked_prefill_size"),
+    ):
+        assert told[flag] == str(2 * int(str(detail[own])))
+    assert told["--tp-size"] == str(2 * found.tp)
+    dense = best("4xh100-sxm", model="27b", engine="sglang", dp=4, tp=1, seqs=8)  # whole replicas: each gets the line
+    words = shlex.split(dense.command)
+    assert words[words.index("--max-running-requests") + 1] == "2" and "--tp-size" not in words
 
 
 def test_replicas_of_a_dense_model_are_whole() -> None:
@@ -141,6 +166,16 @@ def test_a_slow_link_is_not_offered_tensor_parallelism() -> None:
     assert any("slow for it" in warning for warning in asked.warnings)
 
 
+def test_nothing_is_told_that_would_be_refused() -> None:
+    """`--tp 16` of the 397B in FP8 is refused (its shared expert), in bf16 it is not."""
+    told = {
+        name: best("h100-sxm", 16, engine="vllm", weights=name, ctx_tokens=8192).warnings for name in ("fp8", "bf16")
+    }
+    assert not any("--tp 16" in warning for warning in told["fp8"])
+    assert any("--tp 16" in warning for warning in told["bf16"])
+    assert best("h100-sxm", 16, engine="vllm", weights="bf16", ctx_tokens=8192, tp=16).fits
+
+
 def test_advice_names_boxes_where_one_is_too_small() -> None:
     found = answer("8xa100-40gb", weights="bf16", engine="vllm")
     assert not found.fits
@@ -149,8 +184,8 @@ def test_advice_names_boxes_where_one_is_too_small() -> None:
 
 
 def test_the_json_says_it() -> None:
-    told = answer("8xa100-80gb", 2, engine="vllm", interconnect="4xib-hdr").to_json()
-    request, first = told["request"], told["plans"][0]  # type: ignore[index]
+    told: Any = answer("8xa100-80gb", 2, engine="vllm", interconnect="4xib-hdr").to_json()
+    request, first = told["request"], told["plans"][0]
     assert (request["nodes"], request["dp"], request["ep"], request["interconnect"]) == (2, None, None, "4xib-hdr")
     assert (first["tp"], first["pp"], first["dp"], first["ep"], first["nodes"]) == (8, 2, 1, 1, 2)
     assert len(first["devices"]) == len(request["devices"]) == 16
@@ -208,6 +243,26 @@ def test_every_answer_is_one_that_the_engines_could_start(
     assert large.num_attention_heads % found.tp == large.linear_num_key_heads % found.tp == 0
     more = found.estimate.shortfall_bytes(16384, seqs + found.dp)
     assert found.shortfall_bytes <= more <= found.estimate.shortfall_bytes(32768, seqs + found.dp)
+
+
+@pytest.mark.parametrize(
+    ("box", "told"),
+    [
+        ("8xa100-80gb", {"nodes": 2}),
+        ("dgx-spark", {"nodes": 4, "tp": 4, "weights": "fp8", "kv_dtype": "fp8", "interconnect": "roce-100"}),
+        ("8xa100-80gb", {"nodes": 2, "engine": "sglang", "dp": 2}),
+        ("8xh100-sxm", {"ep": 8, "tp": 8}),
+        ("dgx-spark", {"nodes": 4, "engine": "llama.cpp"}),
+    ],
+)
+def test_a_plan_over_boxes_is_made_anew_from_its_file(box: str, told: dict[str, Any], tmp_path: Path) -> None:
+    made = answer(box, **{"engine": "vllm", "ctx_tokens": 65536, **told})
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(made.to_json()))
+    found = read_plan(str(file)).plan
+    assert sizes(found) == sizes(made.best) and found.nodes == made.best.nodes
+    assert found.command == made.best.command and found.detail == made.best.detail
+    assert (found.setup.interconnect is None) == (made.best.setup.interconnect is None)
 
 
 def test_the_cpu_backend_stays_in_one_box() -> None:

@@ -116,5 +116,5 @@ def test_what_is_no_plan(text: str, tmp_path: Path) -> None:
 
 def test_an_engine_that_is_not_in_it(tmp_path: Path) -> None:
     path = written(tmp_path / "p.json", plan(Request(devices=("rtx3060",), engine="vllm")).to_json(), False)
-    with pytest.raises(BadInput, match="has no plan for 'sglang', but for vllm: plan with --engine sglang"):
+    with pytest.raises(BadInput, match="no plan for 'sglang', but for vllm: give --engine vllm, or plan with"):
         read_plan(path, "sglang")

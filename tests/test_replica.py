@@ -56,3 +56,20 @@ def test_llama_cpp_gives_every_slot_its_context() -> None:
 def test_what_cannot_serve_is_told(request_: Request, says: str) -> None:
     with pytest.raises(Unsupported, match=says):
         serving_plan(plan(request_))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_replicas_inside_are_one_pool_with_as_many_seats(engine: str) -> None:
+    """Eight whole models on eight GPUs serve what eight boxes with one each do."""
+    one, eight = (
+        plan(Request("9b", (box,), 32768, engine=engine, weights="bf16", kv_dtype="bf16", dp=dp)).best
+        for box, dp in (("h100-sxm", None), ("8xh100-sxm", 8))
+    )
+    single = replica("h100-sxm", one, step_time(one), 4000)
+    whole = replica("8xh100-sxm", eight, step_time(eight), 4000)
+    assert whole.device_count == 8 and whole.limits.max_num_seqs == 8 * single.limits.max_num_seqs
+    assert whole.limits.max_num_batched_tokens == pytest.approx(
+        8 * (single.limits.max_num_batched_tokens or 0), rel=0.05
+    )
+    assert whole.limits.num_blocks == pytest.approx(8 * (single.limits.num_blocks or 0), rel=0.05)
+    assert whole.step.step_s(0, 0, 64, 64 * 4000) == pytest.approx(single.step.step_s(0, 0, 8, 8 * 4000))

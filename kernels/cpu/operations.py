@@ -30,6 +30,7 @@ KINDS = [
     "READ",
     "FIND_SCALES",
     "SOLVE_COLUMNS",
+    "ROUND_GROUPS",
 ]
 KIND = {name: number for number, name in enumerate(KINDS)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -141,12 +142,19 @@ class SolveColumns(ctypes.Structure):
     _fields_ = _fields("kind *targets *weights *factor *scales *zeros *groups *codes rows columns factor_stride bits")
 
 
+class RoundGroups(ctypes.Structure):
+    _fields_ = _fields(
+        "kind *weight dtype *ratios ratio_count refinements rows columns group_size bits symmetric signed_scales "
+        "scale_dtype *codes *scales *zeros is_bad"
+    )
+
+
 STRUCTURES = dict(
     zip(
         KINDS,
         (
             *(Round, Matmul, Norm, Conv, Conv, Delta, Delta, RopeStore, Attention, Attention, Embed, Route, Combine),
-            *(Read, FindScales, SolveColumns),
+            *(Read, FindScales, SolveColumns, RoundGroups),
         ),
         strict=True,
     )

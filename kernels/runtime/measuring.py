@@ -131,13 +131,22 @@ def _read(
         number += 1
     if computed == prompt.numel():
         return seconds, computed, sum(seconds), hidden
-    per_token = [
-        second / sum(length for _, _, length in piece)
-        for second, piece in zip(seconds, [*pieces[: len(seconds) - 1], pieces[-1]], strict=True)
-    ]
-    # Between the end of what was read and the last chunk the time of a token rises in a straight line.
-    behind = (prompt.numel() - computed) * (per_token[-2] + per_token[-1]) / 2
-    return seconds, computed, sum(seconds) + behind, hidden
+    read = [*pieces[: len(seconds) - 1], pieces[-1]]
+    return seconds, computed, sum(seconds) + unread_s(read, seconds, depth_tokens, seqs), hidden
+
+
+def unread_s(
+    read: Sequence[Sequence[tuple[int, int, int]]], seconds: Sequence[float], depth_tokens: int, seqs: int
+) -> float:
+    """Seconds of what was not read: of the chunks in `read`, (sequence, start, length) each, the last is the prompts'
+    last, and those before it are their first. The time of a token rises in a straight line with those before it: from
+    the end of what was read, and in sequences that were not begun from the first chunk on."""
+    per_token = [second / sum(length for _, _, length in chunk) for second, chunk in zip(seconds, read, strict=True)]
+    owner, start, length = read[-2][-1]
+    last = sum(length for one, _, length in read[-1] if one == owner)
+    begun = depth_tokens - (start + length) - last
+    fresh = seqs * depth_tokens - sum(length for chunk in read for _, _, length in chunk) - begun
+    return begun * (per_token[-2] + per_token[-1]) / 2 + fresh * (per_token[0] + per_token[-1]) / 2
 
 
 def _read_chunk(

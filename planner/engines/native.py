@@ -133,7 +133,8 @@ def estimate(setup: Setup) -> "NativeEstimate":
     return NativeEstimate(
         setup=setup,
         weights_bytes=weights_bytes(model, setup.weights, with_mtp=setup.mtp > 0),
-        runtime=CONSTANTS.cpu_runtime if on_cpu else CONSTANTS.gpu_runtime,
+        runtime=_calibrated(setup, "runtime", CONSTANTS.cpu_runtime if on_cpu else CONSTANTS.gpu_runtime),
+        scratch=_scratch(setup),
         chunk_tokens=chunk,
         kv_bytes_per_token=attention_layers * model.num_key_value_heads * 2 * element,
         state_bytes_per_seq=draft * model.linear_attention_layers * state,
@@ -149,6 +150,7 @@ class NativeEstimate:
     setup: Setup
     weights_bytes: int
     runtime: Amount
+    scratch: tuple[float, float, float]  # low, middle and high of what scratch takes, as shares of its formula
     chunk_tokens: int
     kv_bytes_per_token: int
     state_bytes_per_seq: int
@@ -156,22 +158,25 @@ class NativeEstimate:
     scratch_bytes_per_seq: int
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
-        per_seq = _padded(ctx_tokens) * self.kv_bytes_per_token + self.state_bytes_per_seq + self.scratch_bytes_per_seq
-        fixed = self.weights_bytes + self.arena_bytes + self.runtime.mid
+        per_seq = _padded(ctx_tokens) * self.kv_bytes_per_token + self.state_bytes_per_seq
+        fixed = self.weights_bytes + self._activation(seqs).mid + self.runtime.mid
         return fixed + seqs * per_seq - self.setup.devices[0].usable_bytes
+
+    def _activation(self, seqs: int) -> Amount:
+        planned = self.arena_bytes + seqs * self.scratch_bytes_per_seq
+        low, middle, high = self.scratch
+        return estimated(planned * low, planned * middle, planned * high)
 
     def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
         return self.allocate(ctx_tokens, seqs).is_sure
 
     def allocate(self, ctx_tokens: int, seqs: int) -> Allocation:
         device = self.setup.devices[0]
-        scratch = self.arena_bytes + seqs * self.scratch_bytes_per_seq
-        low, high = CONSTANTS.cpu_scratch if device.kind == "cpu" else CONSTANTS.gpu_scratch
         memory = Memory(
             weights=exactly(self.weights_bytes),
             kv_cache=exactly(seqs * _padded(ctx_tokens) * self.kv_bytes_per_token),
             recurrent_state=exactly(seqs * self.state_bytes_per_seq),
-            activation=estimated(scratch * low, scratch, scratch * high),
+            activation=self._activation(seqs),
             runtime=self.runtime,
         )
         share = DeviceShare(device, device.usable_bytes, memory)
@@ -256,6 +261,20 @@ def _cpu_arena(model: Model, chunk_tokens: int) -> int:
 
 def _gpu_arena(model: Model, chunk_tokens: int, fmt: WeightFormat) -> int:
     return chunk_tokens * arena_bytes_per_token(model) + largest_dequantized(model, fmt)
+
+
+def _calibrated(setup: Setup, part: str, amount: Amount) -> Amount:
+    """The same with what receipts say of it: weights, caches and states are exact as they are."""
+    calibration = setup.options.calibration
+    factor = calibration.factor("native", setup.version, setup.devices, part) if calibration else None
+    return estimated(*factor.scaled((amount.low, amount.mid, amount.high))) if factor else amount
+
+
+def _scratch(setup: Setup) -> tuple[float, float, float]:
+    low, high = CONSTANTS.cpu_scratch if setup.devices[0].kind == "cpu" else CONSTANTS.gpu_scratch
+    calibration = setup.options.calibration
+    factor = calibration.factor("native", setup.version, setup.devices, "activation") if calibration else None
+    return factor.scaled((low, 1.0, high)) if factor else (low, 1.0, high)
 
 
 def _refuse(setup: Setup) -> None:

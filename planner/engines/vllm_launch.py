@@ -2,6 +2,7 @@
 
 from .engine import Setup
 from .launch import HEAD_ADDRESS, checkpoint_name, compact_json, rope_overrides
+from .versions import since
 
 PIXELS_PER_IMAGE_TOKEN = 1024  # patches of 16 x 16 pixels, merged 2 x 2
 SMALLEST_IMAGE_PIXELS = 65536  # preprocessor_config.json, shortest_edge
@@ -47,9 +48,10 @@ def launch_words(setup: Setup, ctx_tokens: int, seqs: int, batch_tokens: int, pr
 
 
 def node_words(setup: Setup, node: int) -> list[object]:
-    """What the line of one box says beside the others. Replicas that each lie in one box are told by the first replica
-    of the box (--data-parallel-start-rank), others by the box's place in the world (--nnodes)."""
-    if setup.replica_nodes == 1 and setup.dp > 1:
+    """What the line of one box says beside the others: its place among them (--nnodes). Before 0.32 replicas that each
+    lie in one box are told by the first replica of the box instead (--data-parallel-start-rank), for `arg_utils.py`
+    did not yet infer that from the place."""
+    if setup.replica_nodes == 1 and setup.dp > 1 and not since(setup.version, "0.32"):
         local = setup.dp // setup.nodes
         words: list[object] = ["--data-parallel-size-local", local, "--data-parallel-address", HEAD_ADDRESS]
         words += ["--data-parallel-rpc-port", DATA_PARALLEL_PORT]

@@ -1,14 +1,14 @@
 """Requests to an engine that serves on this machine: random tokens in, tokens streamed out, the clock beside them.
 
 llama-server, vLLM and SGLang take lists of token numbers at /v1/completions (OpenAI's protocol) and stop early for
-nothing where `ignore_eos` is set; Ollama takes text at /api/generate. No proxy is asked: the address is our own.
+nothing where `ignore_eos` is set; Ollama takes text at /api/generate. No proxy is asked and no redirection followed:
+the address is our own. What comes back is bounded in time and bytes.
 """
 
 import json
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from random import Random
 from typing import Any
 
@@ -17,10 +17,10 @@ from ...profiles.frozen import dataclass
 
 MAX_LINE_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 1 << 20
+MAX_STREAM_BYTES = 64 << 20
+READY_S, NAME_S = 5.0, 30.0
 LOWEST_TOKEN, HIGHEST_TOKEN = 256, 100_000  # ordinary words of the family's vocabulary
 WORDS = ("river", "seven", "light", "copper", "under", "garden", "question", "north", "letter", "paper", "again")
-
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +51,35 @@ class Answer:
         }
 
 
-def is_ready(address: str, path: str) -> bool:
+def is_ready(address: str, path: str, limit_s: float = READY_S) -> bool:
     """Whether it answers 200 there."""
     try:
-        with _open(f"{address}{path}", timeout=5) as answer:
-            return answer.status == 200
-    except (OSError, ValueError):
+        return _get(address, path, limit_s)[0] == 200
+    except (OSError, ValueError, HTTPException):
         return False
 
 
 def served_name(address: str) -> str:
     """What the engine calls its model, for the requests."""
     try:
-        with _open(f"{address}/v1/models", timeout=30) as answer:
-            told = json.loads(answer.read(MAX_ANSWER_BYTES))
-        return str(told["data"][0]["id"])[:500]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        _, body = _get(address, "/v1/models", NAME_S)
+        return str(json.loads(body)["data"][0]["id"])[:500]
+    except (OSError, ValueError, HTTPException, KeyError, IndexError, TypeError, RecursionError):
         raise BadInput(f"the engine at {address} does not say which model it serves") from None
+
+
+def _get(address: str, path: str, limit_s: float) -> tuple[int, bytes]:
+    connection = HTTPConnection(_host(address), timeout=max(0.1, limit_s))
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read(MAX_ANSWER_BYTES)
+    finally:
+        connection.close()
+
+
+def _host(address: str) -> str:
+    return address.removeprefix("http://")
 
 
 def ask_tokens(
@@ -87,7 +99,7 @@ def ask_tokens(
         "ignore_eos": True,
         "cache_prompt": False,
     }
-    return _timed(f"{address}/v1/completions", body, prompt_tokens, limit_s, _openai_event)
+    return _timed(address, "/v1/completions", body, prompt_tokens, limit_s, _openai_event)
 
 
 def ask_words(address: str, model: str, prompt_tokens: int, output_tokens: int, seed: int, limit_s: float) -> Answer:
@@ -100,69 +112,115 @@ def ask_words(address: str, model: str, prompt_tokens: int, output_tokens: int, 
         "stream": True,
         "options": {"num_predict": output_tokens, "temperature": 0},
     }
-    return _timed(f"{address}/api/generate", body, prompt_tokens, limit_s, _ollama_event)
+    return _timed(address, "/api/generate", body, prompt_tokens, limit_s, _ollama_event)
 
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """One line of a stream: whether it brings text, and how many tokens there were, where it says so."""
+    """One line of a stream: whether it brings a token or ends the answer, and how many tokens there were, where it says
+    so."""
 
-    has_text: bool = False
+    is_token: bool = False
+    is_end: bool = False
     prompt_tokens: int | None = None
     output_tokens: int | None = None
 
 
-def _timed(url: str, body: Mapping[str, object], prompt_tokens: int, limit_s: float, read: Any) -> Answer:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def _timed(
+    address: str,
+    path: str,
+    body: Mapping[str, object],
+    prompt_tokens: int,
+    limit_s: float,
+    read: Callable[[bytes], _Event],
+) -> Answer:
     first = last = 0.0
-    pieces, read_tokens, written_tokens = 0, prompt_tokens, 0
+    pieces, read_tokens, written_tokens, has_ended = 0, prompt_tokens, 0, False
+    connection = HTTPConnection(_host(address), timeout=limit_s)
     began = time.perf_counter()
     try:
-        with _open(request, timeout=limit_s) as answer:
-            for line in _lines(answer, began + limit_s):
-                event = read(line)
-                if event.has_text:
-                    last = time.perf_counter() - began
-                    first = first or last
-                    pieces += 1
-                read_tokens = event.prompt_tokens or read_tokens
-                written_tokens = event.output_tokens or written_tokens
-    except urllib.error.HTTPError as error:
-        told = error.read(2000).decode(errors="replace")
-        raise BadInput(
-            f"the engine refused a request with status {error.code}: {' '.join(told.split())[:300]}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"the engine did not answer a request: {str(error)[:200] or type(error).__name__}") from None
+        for line in _lines(connection, path, body, began + limit_s):
+            event = read(line)
+            if event.is_token:
+                last = time.perf_counter() - began
+                first = first or last
+                pieces += 1
+            has_ended = has_ended or event.is_end
+            read_tokens = event.prompt_tokens or read_tokens
+            written_tokens = event.output_tokens or written_tokens
+    except BadInput:
+        raise
+    except (OSError, ValueError, HTTPException, RecursionError) as error:
+        reason = "it took too long" if isinstance(error, TimeoutError) else " ".join(str(error).split())[:200]
+        raise BadInput(f"the engine did not answer a request: {reason or type(error).__name__}") from None
+    finally:
+        connection.close()
     if not pieces:
         raise BadInput("the engine answered a request without a single token")
+    if not has_ended:
+        raise BadInput(f"the engine's answer broke off behind {pieces} pieces")
     return Answer(read_tokens, written_tokens or pieces, first, last)
 
 
-def _lines(answer: Any, deadline: float) -> Iterator[bytes]:
-    while line := answer.readline(MAX_LINE_BYTES):
-        if time.perf_counter() > deadline:
-            raise ValueError("it took too long")
-        if line.strip():
-            yield line
+def _lines(connection: HTTPConnection, path: str, body: Mapping[str, object], deadline: float) -> Iterator[bytes]:
+    """Lines of the answer as they come in, empty ones left out. TimeoutError at the deadline, whoever is slow."""
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    socket = connection.sock  # the response takes it away, and its limit must shrink as time goes by
+    answer = connection.getresponse()
+    if answer.status != 200:
+        told = answer.read(2000).decode(errors="replace")
+        raise BadInput(f"the engine refused a request with status {answer.status}: {' '.join(told.split())[:300]}")
+    waiting, total = b"", 0
+    while piece := _piece(answer, socket, deadline):
+        total += len(piece)
+        *whole, waiting = (waiting + piece).split(b"\n")
+        if len(waiting) > MAX_LINE_BYTES or total > MAX_STREAM_BYTES:
+            raise ValueError(f"{total:,} bytes came, of which {len(waiting):,} are one line")
+        yield from (line for line in whole if line.strip())
+    if waiting.strip():
+        yield waiting
+
+
+def _piece(answer: HTTPResponse, socket: Any, deadline: float) -> bytes:
+    left = deadline - time.perf_counter()
+    if left <= 0:
+        raise TimeoutError
+    if socket.fileno() >= 0:  # closed where all of the answer has come
+        socket.settimeout(left)
+    return answer.read1(1 << 16)
 
 
 def _openai_event(line: bytes) -> _Event:
-    if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-        return _Event()
+    if not line.startswith(b"data:"):
+        _refuse_error(_object(line) if line.startswith(b"{") else {})
+        return _Event()  # a comment, or the name of an event
+    if line[5:].strip() == b"[DONE]":
+        return _Event(is_end=True)
     told = _object(line[5:])
-    choices = told.get("choices")
-    usage = told.get("usage")
-    has_choice = isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict)
+    _refuse_error(told)
+    choices, usage = told.get("choices"), told.get("usage")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
     counts: Mapping[str, object] = usage if isinstance(usage, dict) else {}
-    # A token may be half a character and bring no text yet; the last piece brings only the reason of the end.
-    is_token = has_choice and not choices[0].get("finish_reason")
-    return _Event(is_token, _count(counts, "prompt_tokens"), _count(counts, "completion_tokens"))
+    # A token may be half a character and bring no text yet. llama-server's last piece brings only the reason of the
+    # end, vLLM's and SGLang's the last token too.
+    reason = choice.get("finish_reason") if choice else None
+    is_token = choice is not None and (not reason or bool(choice.get("text")))
+    return _Event(is_token, bool(reason), _count(counts, "prompt_tokens"), _count(counts, "completion_tokens"))
 
 
 def _ollama_event(line: bytes) -> _Event:
     told = _object(line)
-    return _Event(not told.get("done"), _count(told, "prompt_eval_count"), _count(told, "eval_count"))
+    _refuse_error(told)
+    is_end = bool(told.get("done"))
+    return _Event(not is_end, is_end, _count(told, "prompt_eval_count"), _count(told, "eval_count"))
+
+
+def _refuse_error(told: Mapping[str, Any]) -> None:
+    """An error in the middle of a stream: all of them have it under this key."""
+    error = told.get("error")
+    if error:
+        sentence = error.get("message", error) if isinstance(error, dict) else error
+        raise BadInput(f"the engine broke off an answer: {' '.join(str(sentence).split())[:300]}")
 
 
 def _object(line: bytes) -> Mapping[str, Any]:
@@ -172,9 +230,4 @@ def _object(line: bytes) -> Mapping[str, Any]:
 
 def _count(told: Mapping[str, object], key: str) -> int | None:
     value = told.get(key)
-    return value if isinstance(value, int) and 0 < value < 1 << 40 else None
-
-
-def prompts(depth_tokens: int, requests: int) -> Sequence[tuple[int, int]]:
-    """(prompt tokens, seed) of a few requests."""
-    return [(depth_tokens, seed + 1) for seed in range(requests)]
+    return value if type(value) is int and 0 < value < 1 << 40 else None

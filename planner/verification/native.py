@@ -6,6 +6,8 @@ a boot log, so that a run is scored like one. The model's first layers may stand
 measurement are then both of the slice.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +19,13 @@ from ...profiles.model import Model, first_layers
 from ..candidates import engine_module
 from ..logs.dialect import LoggedPart
 from ..logs.engine_log import EngineLog
+from ..logs.redaction import redact
 from ..plan import EnginePlan
 
 REPORT_LIMIT_BYTES = 4 << 20
+KILLED, KILLED_SENTENCE = -9, "it was killed (signal 9), as Linux does where memory runs out"
+# torch on CUDA; torch and Python on a CPU
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 PAGES_BYTES = 64 << 10  # memory comes in pages, and dt_bias is float32 in the runtime: 2 bytes more per value head
 PARTS = {
     "weights": "weights",
@@ -59,8 +65,6 @@ def sliced(plan: EnginePlan, layers: int | None) -> EnginePlan:
 
 def words(plan: EnginePlan, checkpoint: str | None, layers: int | None, steps: int, limit_s: float) -> list[str]:
     """The command. Unsupported where the context has no room for `steps` steps behind a prompt."""
-    import shlex
-
     depth = plan.ctx_tokens - steps * (1 + plan.mtp)
     if depth < 1:
         raise Unsupported(f"a context of {plan.ctx_tokens} tokens has no room for {steps} steps: give --steps")
@@ -72,19 +76,36 @@ def words(plan: EnginePlan, checkpoint: str | None, layers: int | None, steps: i
     return found + (["--layers", str(layers)] if layers else [])
 
 
+def died(errors: str, status: int | None) -> str | None:
+    """The sentence of a run that ran out of memory, None of every other one."""
+    if status == KILLED:
+        return KILLED_SENTENCE
+    last = _last_line(errors)
+    return last if status and any(word in last for word in OUT_OF_MEMORY) else None
+
+
+def dead_log(plan: EnginePlan, sentence: str) -> EngineLog:
+    """What a run that ran out of memory says: nothing but that."""
+    return EngineLog("native", plan.engine_version, plan.setup.model.name, died=redact(sentence))
+
+
 def read_run(output: bytes, errors: str, status: int | None, plan: EnginePlan) -> NativeRun:
     """The run behind what its process printed. BadInput with its own sentence where it failed."""
     if status != 0:
-        told = errors.strip().splitlines()
-        reason = told[-1][:300] if told else f"ended with status {status} and said nothing"
-        raise BadInput(f"the run failed: {reason}")
+        raise BadInput(f"the run failed: {_last_line(errors) or f'it ended with status {status} and said nothing'}")
     if len(output) > REPORT_LIMIT_BYTES:
         raise BadInput(f"the run printed {len(output)} bytes, more than the {REPORT_LIMIT_BYTES} that are read")
     report = parse_json_object(output, "the run's report")
     try:
         return _run(report, plan)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"the run's report lacks {error}: is another version of qwenfit installed?") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"is not one ({error})"
+        raise BadInput(f"the run's report {what}: is another version of qwenfit installed?") from None
+
+
+def _last_line(errors: str) -> str:
+    told = [line.strip() for line in errors.splitlines() if line.strip()]
+    return told[-1].removeprefix("qwenfit.kernels.run: ")[:300] if told else ""
 
 
 def _run(report: dict[str, Any], plan: EnginePlan) -> NativeRun:
@@ -120,6 +141,8 @@ def whole(measured_bytes: int, plan_of_slice: int, plan_of_all: int) -> int:
 def checked(plan: EnginePlan, found: Model, where: str, tolerance: float = 0.05) -> None:
     """BadInput where a checkpoint is not of the planned model, or of another size than planned."""
     planned = plan.setup.model
+    if plan.engine == "native" and not os.path.isdir(where):
+        raise BadInput(f"{where}: the native runtime loads folders of safetensors; give one, or --engine llama.cpp")
     for name in ("architecture", "hidden_size", "num_layers", "num_attention_heads", "vocab_size", "num_experts"):
         mine, theirs = getattr(planned, name), getattr(found, name)
         if mine != theirs:
@@ -133,7 +156,7 @@ def checked(plan: EnginePlan, found: Model, where: str, tolerance: float = 0.05)
     own = search(
         Request(
             model=where,
-            devices=(plan.setup.devices[0].name,),
+            devices=tuple(device.name for device in plan.setup.devices),
             ctx_tokens=plan.ctx_tokens,
             seqs=plan.seqs,
             engine=f"{plan.engine}@{plan.engine_version}",
@@ -141,6 +164,8 @@ def checked(plan: EnginePlan, found: Model, where: str, tolerance: float = 0.05)
             state_dtype=plan.state_dtype,
             mtp=plan.mtp,
             vision=plan.vision,
+            tp=plan.tp,
+            pp=plan.pp,
             options=plan.setup.options,
         ),
         devices=plan.setup.devices,

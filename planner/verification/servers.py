@@ -147,7 +147,15 @@ def _port(asked: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-def words_of(launch_line: Sequence[str]) -> str:
+def words_of(launch_line: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """For a file that others read: the program without its folder, the checkpoint by its name."""
-    shown = [os.path.basename(word) if os.path.isabs(word) else word for word in launch_line]
-    return shlex.join(shown)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
+    return " ".join([*variables, shlex.join(map(_shown, launch_line))])
+
+
+def _shown(word: str) -> str:
+    """A word that is a path of this machine, whole or behind `--option=`, by its last part."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if os.path.isabs(value) or value.startswith(("~", "./", "../")) or (os.sep in value and os.path.exists(value)):
+        value = os.path.basename(os.path.normpath(value))
+    return f"{option}{equals}{value}"

@@ -1,23 +1,26 @@
 """A plan run on this machine, natively or in the engine that it is for, and scored part by part."""
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 
 from ...profiles.errors import BadInput
-from ...profiles.frozen import dataclass
+from ...profiles.frozen import dataclass, replace
 from ...profiles.model_catalog import model
 from ..logs.engine_log import EngineLog, read_log_file
 from ..plan import EnginePlan
 from ..plan_file import PlanFile
 from ..scores import score
+from ..speed import Interval
 from . import completions, native, servers
 from .completions import Answer
-from .process import OwnProcess
+from .process import MAX_OUTPUT_BYTES, OwnProcess
 from .verification import RateScore, Verification, at
 
 LOOK_S = 0.2
+DYING_S = 3.0  # that an engine gets to end once it has stopped to answer
 LAST_WORDS_BYTES = 64 << 10
 
 Tell = Callable[[str], None]
@@ -47,7 +50,12 @@ class Asked:
 
 
 def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
-    """Allocate, fill and decode with the bundled kernels. BadInput where it could not be tried."""
+    """Allocate, fill and decode with the bundled kernels. BadInput where it could not be tried; a run that ran out of
+    memory is an answer."""
+    if importlib.util.find_spec("torch") is None:
+        raise BadInput("a native run needs torch: pip install 'qwenfit[quant]', or verify in an engine with --engine")
+    if asked.binary or asked.port:
+        raise BadInput("--binary and --port are for an engine: give --engine, or leave them out")
     plan = native.sliced(file.plan, asked.layers)
     if asked.checkpoint:
         native.checked(file.plan, model(asked.checkpoint), asked.checkpoint)
@@ -59,11 +67,16 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             status = process.wait(asked.limit_s)
             if status is None:
                 raise BadInput(f"the run took more than {asked.limit_s:g} s: give --limit-s, fewer --layers, or --ctx")
+        _refuse_flood(process)
         with open(output, "rb") as file_:
             told = file_.read(native.REPORT_LIMIT_BYTES + 1)
-        run = native.read_run(told, _last_words(errors), status, plan)
+        said, command = _last_words(errors), servers.words_of(words)
+        if sentence := native.died(said, status):
+            dead = native.dead_log(plan, sentence)
+            return _verification(file, plan, asked, command, dead, (), process.peak_bytes, [])
+        run = native.read_run(told, said, status, plan)
     rates = (
-        _rate("decode_tokens_per_s", plan, run.decode_tokens_per_s, run.depth_tokens, plan.seqs),
+        _accepting(_rate("decode_tokens_per_s", plan, run.decode_tokens_per_s, run.depth_tokens, plan.seqs), plan, run),
         _rate(
             "prefill_tokens_per_s",
             plan,
@@ -76,7 +89,7 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
     notes = list(_notes(file.plan, plan, run))
     if not asked.checkpoint and not _stored(plan):
         notes.append("weights were drawn at random, in the planned shapes and format: what they say means nothing")
-    return _verification(file, plan, asked, servers.words_of(words), run.log, rates, run.peak_bytes, notes)
+    return _verification(file, plan, asked, command, run.log, rates, run.peak_bytes, notes)
 
 
 def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
@@ -96,11 +109,19 @@ def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             ready = _wait(process, launch, servers.rule(plan.engine).ready_path, asked.boot_limit_s, log)
             if ready:
                 tell("is ready; requests are sent")
-                answers = _ask(plan, launch, asked)
-        boot = _boot(plan, log, process.status, ready)
+                try:
+                    answers = _ask(plan, launch, asked)
+                except BadInput:
+                    if process.wait(DYING_S) is None:
+                        raise
+                    ready = False
+            ended = process.status
+        _refuse_flood(process)
+        boot = _boot(plan, log, ended, ready)
     rates = _rates(plan, answers)
-    notes = [f"{len(answers)} requests of {asked.prompt_tokens} tokens, one after the other"] if answers else []
-    return _verification(file, plan, asked, servers.words_of(launch.words), boot, rates, process.peak_bytes, notes)
+    notes = [_requests(answers)] if answers else []
+    command = servers.words_of(launch.words, launch.environment)
+    return _verification(file, plan, asked, command, boot, rates, process.peak_bytes, notes)
 
 
 def _verification(
@@ -135,6 +156,17 @@ def _verification(
     )
 
 
+def _refuse_flood(process: OwnProcess) -> None:
+    if process.flooded:
+        raise BadInput(f"{os.path.basename(process.words[0])} printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was "
+                       "stopped: its log is of no use")  # fmt: skip
+
+
+def _requests(answers: list[Answer]) -> str:
+    read, written = answers[0].prompt_tokens, answers[0].output_tokens
+    return f"{len(answers)} requests of {read:,} tokens, answered with {written:,}, one after the other"
+
+
 def _stored(plan: EnginePlan) -> str | None:
     """The folder that the plan itself was made from, where it has weights."""
     path = plan.setup.model.path
@@ -156,12 +188,21 @@ def _notes(whole: EnginePlan, plan: EnginePlan, run: native.NativeRun) -> list[s
             else native.whole(part.bytes, of_slice[part.part].mid, of_all[part.part].mid)
             for part in run.log.parts
         )  # fmt: skip
+        planned = sum(of_all[part.part].mid for part in run.log.parts)
         notes.append(
             f"{mine} of {all_of_it} layers were run, and planned and measured are theirs: as far off, the whole would "
-            f"take {total:,} bytes, planned {whole.devices[0].memory.total.mid:,}"
+            f"take {total:,} bytes, planned {planned:,}"
+        )
+    if not any(part.part == "runtime" for part in run.log.parts):
+        notes.append(
+            "the driver does not say what the process takes: the runtime beside the allocator (context, kernels) is in "
+            "no figure"
         )
     if plan.mtp:
-        notes.append(f"{run.accepted_per_step:.2f} tokens per step: drafts of random weights are rarely accepted")
+        notes.append(
+            f"{run.accepted_per_step:.2f} tokens per step were accepted, and the planned rate is one of as many: "
+            "drafts of random weights say nothing"
+        )
     return notes
 
 
@@ -171,6 +212,15 @@ def _rate(
     speed = at(plan, context, seqs)
     planned = getattr(speed.full, name) if speed else None
     return RateScore(name, planned, measured, context, seqs, is_estimated)
+
+
+def _accepting(rate: RateScore, plan: EnginePlan, run: native.NativeRun) -> RateScore:
+    """With drafts, what was planned at the acceptance that was measured: that of random weights says nothing."""
+    speed = at(plan, run.depth_tokens, plan.seqs)
+    if rate.planned is None or speed is None or speed.drafts is None:
+        return rate
+    share, planned = run.accepted_per_step / speed.drafts.tokens_per_pass, rate.planned
+    return replace(rate, planned=Interval(planned.low * share, planned.mid * share, planned.high * share))
 
 
 def _rates(plan: EnginePlan, answers: list[Answer]) -> tuple[RateScore, ...]:
@@ -190,29 +240,30 @@ def _rates(plan: EnginePlan, answers: list[Answer]) -> tuple[RateScore, ...]:
 def _wait(process: OwnProcess, launch: servers.Launch, path: str, limit_s: float, log: str) -> bool:
     """Whether it came up; False where it ended. BadInput where it does neither."""
     deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    while (left := deadline - time.monotonic()) > 0:
         if process.status is not None:
             return False
-        if completions.is_ready(launch.address, path):
-            return True
+        if completions.is_ready(launch.address, path, min(completions.READY_S, left)):
+            return process.status is None  # else it was another one that answered
         time.sleep(LOOK_S)
     raise BadInput(
-        f"the engine was not ready after {limit_s:g} s and was stopped: give --boot-limit-s; it said last: "
+        f"the engine was not ready after {limit_s:g} s and was stopped: give a longer --boot-limit; it said last: "
         f"{_last_line(log)}"
     )
 
 
-def _boot(plan: EnginePlan, log: str, status: int | None, ready: bool) -> EngineLog:
-    """What the log says. BadInput where the engine ended for another reason than memory."""
+def _boot(plan: EnginePlan, log: str, status: int | None, is_up: bool) -> EngineLog:
+    """What the log says. BadInput where the engine ended by itself for another reason than memory."""
+    if is_up:
+        return read_log_file(log, plan.engine)
     try:
         boot = read_log_file(log, plan.engine)
     except BadInput:
-        if ready:
-            raise
-        boot = None
-    if not ready and (boot is None or not boot.died):
-        raise BadInput(f"{plan.engine} ended with status {status} before it was ready: {_last_line(log)}")
-    assert boot is not None
+        boot = EngineLog(plan.engine, None, None)
+    if not boot.died and status == native.KILLED:
+        boot = replace(boot, died=native.KILLED_SENTENCE)
+    if not boot.died:
+        raise BadInput(f"{plan.engine} ended by itself with status {status}; it said last: {_last_line(log)}")
     return boot
 
 

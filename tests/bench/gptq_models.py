@@ -14,6 +14,7 @@ One seed is one draw of calibration sequences; the figures are means over seeds,
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -117,6 +118,7 @@ def run_ours(source: str, sequences: Tensor, grid: Grid, method: str, targets: b
     from qwenfit.quant.decoder import DecoderLayer, Stream
     from qwenfit.quant.grid import rtn
     from qwenfit.quant.modules import list_modules
+    from qwenfit.quant.pipeline import TARGET_SHARE
     from qwenfit.quant.solve import TARGET_DAMPING
     from qwenfit.quant.source import open_source
     from qwenfit.quant.weights import Weights
@@ -127,10 +129,11 @@ def run_ours(source: str, sequences: Tensor, grid: Grid, method: str, targets: b
     if method == "rtn":
         return {module.name: rtn(weights.module(module), levels(grid)).dequantize() for module in modules}
     streams = []
-    for _ in range(1 + targets):
-        hidden = Activations(sequences.numel(), configuration.hidden_size)
-        hidden[:] = weights.embedded(sequences)
-        streams.append(Stream(hidden, sequences.shape[1]))
+    shared = [sequences[: math.ceil(TARGET_SHARE * len(sequences))]] if targets else []
+    for own in (sequences, *shared):
+        hidden = Activations(own.numel(), configuration.hidden_size)
+        hidden[:] = weights.embedded(own)
+        streams.append(Stream(hidden, own.shape[1]))
     for number in range(configuration.num_layers):
         leaves = {module.leaf for module in modules if module.layer == number}
         layers = [DecoderLayer(weights.layer(number), configuration, number) for _ in streams]
@@ -156,12 +159,13 @@ def solved(layers: list[Any], streams: list[Any], leaves: set[str], grid: Grid, 
     from qwenfit.quant.layer_solver import accumulated
     from qwenfit.quant.modules import STAGES
     from qwenfit.quant.quantized import Quantized
+    from qwenfit.quant.solve import UNMOVED_PER_COLUMN
 
     found = {}
     for stage in layers[0].stages:
         inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
-        hessian = accumulated(inputs)
-        cross = hessian.cross_mean() if hessian.has_cross else None
+        hessian = accumulated(inputs, [layers[0].weights[leaf] for leaf in STAGES[stage] if leaf in leaves])
+        cross = hessian.cross_mean(UNMOVED_PER_COLUMN * hessian.columns) if hessian.has_cross else None
         factor = factorize(hessian.mean(), damping=damping, overwrite=True)
         for leaf in leaves.intersection(STAGES[stage]):
             weight = layers[0].weights[leaf]

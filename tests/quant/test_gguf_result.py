@@ -41,7 +41,9 @@ def test_what_is_written_stands_for_the_source(
     checkpoint: Checkpoint, tmp_path: Path, name: str, method: str, kind: str
 ) -> None:
     folder = checkpoint(name, is_wide=True)
-    recipe = small(gguf_type=kind, method=method, embeddings=6, modules=(Rule(r"\.1\..*down_proj$", 8),))
+    rules = (Rule(r"\.1\..*down_proj$", 8),)
+    # Full-precision targets would move the weights from what the source has: at 8 bits by as much as rounding does.
+    recipe = small(gguf_type=kind, method=method, embeddings=6, modules=rules, full_precision_targets=False)
     summary = quantize(str(folder), str(tmp_path / "out"), recipe)
     found, source = matrices(tmp_path / "out" / "out.gguf"), open_source(str(folder))
     kinds = set()

@@ -8,7 +8,7 @@ from qwenfit.kernels.cpu.library import available_isas
 from qwenfit.quant.cholesky import factorize
 from qwenfit.quant.gptq import gptq, strip_rows
 from qwenfit.quant.grid import Grid, rtn, search_scales
-from qwenfit.quant.hessian import Hessian, output_error
+from qwenfit.quant.hessian import Cross, Hessian, output_error
 from qwenfit.quant.quantized import Quantized
 
 
@@ -168,7 +168,7 @@ def test_asymmetric_calibration_comes_nearer_to_the_full_precision_outputs() -> 
     assert floor < full < half < plain
     assert full - floor < 0.6 * (plain - floor)
     without = gptq(weight, hessian, 4, 128)[0]
-    assert torch.equal(gptq(weight, hessian, 4, 128, cross=torch.zeros(384, 384))[0], without)
+    assert torch.equal(gptq(weight, hessian, 4, 128, cross=Cross(torch.zeros(384, 384)))[0], without)
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -147,3 +147,28 @@ def test_wrong_calls_are_refused() -> None:
             round_to_grid(weight, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8), 4)
     with pytest.raises(ValueError, match="importance"):
         rtn(randn(2, 32), Grid(4, 32), torch.ones(31))
+
+
+@pytest.mark.skipif(not available_isas(), reason="no C compiler, or a processor without the kernels")
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_pass_in_c_gives_the_bits_of_search_and_rounding(monkeypatch, isa: str, bits: int, symmetric: bool) -> None:
+    monkeypatch.setenv("QWENFIT_CPU_ISA", isa)
+    weight = randn(300, 256, seed=11)
+    weight[3], weight[4, :32], weight[5], weight[6] = 0, 0, weight[5] * 1e-30, weight[6] * 1e30
+    weight[7], weight[8, ::2], weight[9] = 1.0, -0.0, weight[9].abs()
+    for dtype, group_size in ((torch.bfloat16, 128), (torch.float32, 32), (torch.bfloat16, -1)):
+        grid, matrix = Grid(bits, group_size, symmetric), weight.to(dtype)
+        done, (scales, zeros) = rtn(matrix, grid), search_scales(matrix, grid)
+        assert torch.equal(done.scales, scales) and torch.equal(done.zeros, zeros)
+        assert torch.equal(done.codes, round_to_grid(matrix, scales, zeros, bits))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rtn_refuses_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    weight = randn(300, 128, seed=12).to(dtype)
+    weight[290, 77] = value
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        rtn(weight, Grid(8, 128))

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "compressed-tensors": (20, ("--method", "gptq", "--sym", *TOKENS)),
     "gptq": (4, ("--method", "gptq", "--format", "gptq", *TOKENS)),
     "awq": (4, ("--method", "awq", "--format", "awq", *TOKENS)),
-    "full-precision targets": (4, ("--method", "gptq", "--gptaq", "--asym", *TOKENS)),
+    "no full-precision targets": (4, ("--method", "gptq", "--no-gptaq", "--asym", *TOKENS)),
     "gguf": (4, ("--format", "gguf", "--gguf-type", "q4_0", *TOKENS)),
     "rtn": (4, ("--bits", "8", "--method", "rtn")),
 }

@@ -167,8 +167,10 @@ def test_rules_choose_bits_by_module_and_fused_ones_follow(checkpoint: Checkpoin
 
 def test_a_full_precision_stream_gives_targets(checkpoint: Checkpoint, tmp_path: Path, whole: Summary) -> None:
     target = str(tmp_path / "out")
-    summary = quantize(str(checkpoint("qwen3_5")), target, small(full_precision_targets=True))
+    summary = quantize(str(checkpoint("qwen3_5")), target, small(full_precision_targets=False))
     assert files(summary.target) != files(whole.target)
+    assert "full_precision_targets: true" in Path(whole.target, "README.md").read_text()  # the default
+    assert "full_precision_targets: false" in Path(target, "recipe.yaml").read_text()
 
 
 def test_experts_without_tokens_are_rounded_and_listed(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Which method is better, on a model that has learned something: rtn > awq > gptq > gptq with full-precision targets.
+"""Which method is better, on a model that has learned something: rtn > awq > gptq > gptq with full-precision targets,
+and the last, our default, than the better of two other tools.
 
 KL divergence from bf16 on held-out text, 4 bits, groups of 128, symmetric; docs/quantization.md has the figures
-(0.0064, 0.0060, 0.0041, 0.0036). The margins asked for here are half of those measured.
+(0.0064, 0.0060, 0.0041, 0.0036). The margins asked for here are half of those measured, but for the other tools, where
+it is the whole 10 % that we promise.
 """
 
 from pathlib import Path
@@ -21,9 +23,12 @@ SMALL_HYBRID = Path(__file__).parents[1] / "data" / "small_hybrid"
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
-    "gptq": {},
-    "gptaq": {"full_precision_targets": True},
+    "gptq": {"full_precision_targets": False},
+    "default": {},
 }
+OTHERS = {32: 0.00296, 128: 0.00458}
+"""The smaller of llm-compressor 0.14.0.1's and GPTQModel 7.6.0's GPTQ, 4 bits asymmetric, by group size: means over two
+seeds of tests/bench/gptq_models.py, of its 8,192 calibration and 16,384 held-out tokens (docs/quantization.md)."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,18 @@ def test_gptq_is_better_than_awq(divergence: dict[str, float]) -> None:
 
 
 def test_full_precision_targets_are_better(divergence: dict[str, float]) -> None:
-    assert divergence["gptaq"] < 0.95 * divergence["gptq"], divergence
+    assert divergence["default"] < 0.95 * divergence["gptq"], divergence
+
+
+@pytest.mark.parametrize("group_size", OTHERS)
+def test_the_default_is_a_tenth_better_than_others(group_size: int, tmp_path: Path) -> None:
+    source = str(SMALL_HYBRID)
+    text = read_text(str(SMALL_HYBRID / "heldout.txt"))
+    sequences = consecutive_sequences(text, read_tokenizer(source), 256, 16384)
+    made = quantize(source, str(tmp_path / "made"), Recipe(group_size=group_size, sequence_tokens=256))
+    assert made.recipe.symmetric is False
+    found = evaluate(made.target, source, sequences).mean_kl
+    assert found < 0.9 * OTHERS[group_size], found
 
 
 def test_eight_bits_where_it_hurts_are_worth_more_than_elsewhere(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_parts_have_bits_of_their_own() -> None:
 
 
 def test_activations_of_eight_bits_are_a_matter_of_eight_bit_weights() -> None:
-    recipe = Recipe(activation_bits=8).completed(is_moe=False)
+    recipe = Recipe(activation_bits=8).completed(is_moe=False, columns=256)
     found, _ = resolve(recipe, MODULES)
     assert set(found.values()) == {Scheme(8, -1, True, 8)}
     mixed = resolve(Recipe(bits=8, activation_bits=8, symmetric=True, modules=(Rule("out_proj", 4),)), MODULES)[0]
@@ -150,9 +150,9 @@ def test_a_recipe_that_keeps_everything_is_none() -> None:
 def test_what_is_left_open_follows_from_the_rest(
     changes: dict[str, Any], is_moe: bool, method: str, symmetric: bool
 ) -> None:
-    whole = Recipe(**changes).completed(is_moe)
+    whole = Recipe(**changes).completed(is_moe, 256)
     assert (whole.method, whole.symmetric) == (method, symmetric)
-    assert whole.completed(is_moe) == whole
+    assert whole.completed(is_moe, 256) == whole
     assert whole.needs_calibration == (method != "rtn")
 
 
@@ -167,7 +167,7 @@ def test_what_is_left_open_follows_from_the_rest(
 )
 def test_what_no_format_has(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(Unsupported, match=words):
-        Recipe(**changes).completed(is_moe=False)
+        Recipe(**changes).completed(is_moe=False, columns=256)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,35 @@ modules:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_moe", "columns", "expected"),
+    [
+        ({}, False, 9216, True),  # 4B
+        ({}, False, 12288, False),  # 9B: a layer would take more than 3 CPU-minutes
+        ({}, True, 2048, False),
+        ({"format": "gguf"}, False, 9216, True),
+        ({"format": "gguf"}, False, 12288, False),
+        ({"bits": 8}, False, 256, False),
+        ({"method": "awq"}, False, 256, False),
+        ({"full_precision_targets": False}, False, 256, False),
+        ({"full_precision_targets": True}, True, 12288, True),
+    ],
+)
+def test_gptq_of_narrow_dense_models_has_full_precision_targets(
+    changes: dict[str, Any], is_moe: bool, columns: int, expected: bool
+) -> None:
+    assert Recipe(**changes).completed(is_moe, columns).full_precision_targets is expected
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gguf"])
+def test_full_precision_targets_are_for_gptq(form: str) -> None:
+    with pytest.raises(Unsupported, match="leave out --gptaq, or --method rtn"):
+        Recipe(full_precision_targets=True, method="rtn", format=form).completed(is_moe=False, columns=256)
+
+
 @pytest.mark.parametrize("is_moe", [True, False])
 def test_a_resolved_recipe_reads_back_as_itself(is_moe: bool, tmp_path: Path) -> None:
-    whole = Recipe(seed=7, lm_head=8, modules=(Rule(r"a\.b'\"#: |", 8, 64), Rule("ü", 16))).completed(is_moe)
+    whole = Recipe(seed=7, lm_head=8, modules=(Rule(r"a\.b'\"#: |", 8, 64), Rule("ü", 16))).completed(is_moe, 256)
     assert read_recipe(written(tmp_path, whole.text()), Recipe()) == whole
 
 
@@ -308,7 +334,9 @@ def test_a_recipe_for_a_real_checkpoint(checkpoint: Callable[..., Path]) -> None
     """All modules of both classes have an answer, and the mixture's experts one scheme per layer."""
     for name in ("qwen3_5", "qwen3_5_moe"):
         modules = list_modules(open_source(str(checkpoint(name))))
-        recipe = Recipe(group_size=32, modules=(Rule(r"layers\.1\.mlp\.experts\.0\.", 8),)).completed("moe" in name)
+        recipe = Recipe(group_size=32, modules=(Rule(r"layers\.1\.mlp\.experts\.0\.", 8),)).completed(
+            "moe" in name, 256
+        )
         found, kept = resolve(recipe, modules)
         assert len(found) + len(kept) == len(modules)
         experts = {found[one.name].bits for one in modules if one.part == "experts" and one.layer == 1}
@@ -338,7 +366,7 @@ def test_the_first_rule_of_the_file_wins_whichever_fused_module_it_names(checkpo
     modules = list_modules(open_source(str(checkpoint("qwen3_5"))))
     rules = (Rule(r"\.0\.linear_attn\.in_proj_z$", 8), Rule(r"\.0\.linear_attn\.in_proj_qkv$", 16))
     for order, bits in ((rules, 8), (rules[::-1], None)):
-        schemes, _ = resolve(Recipe(group_size=32, modules=order).completed(False), modules)
+        schemes, _ = resolve(Recipe(group_size=32, modules=order).completed(False, 256), modules)
         found = {
             name.rpartition(".")[2]: scheme.bits for name, scheme in schemes.items() if ".0.linear_attn.in" in name
         }

@@ -32,4 +32,5 @@ const Kernel TABLE(ISA)[KINDS] = {
     [READ] = {TASKS(read_tasks), TASK(read_task), no_scratch},
     [FIND_SCALES] = {TASKS(find_scales_tasks), TASK(find_scales_task), no_scratch},
     [SOLVE_COLUMNS] = {TASKS(solve_columns_tasks), TASK(solve_columns_task), no_scratch},
+    [ROUND_GROUPS] = {TASKS(round_groups_tasks), TASK(round_groups_task), no_scratch},
 };

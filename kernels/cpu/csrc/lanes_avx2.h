@@ -12,6 +12,7 @@ typedef struct {
 /* Registers: 12 sums of 6 tokens x 16 rows, 2 of weights, 1 of the broadcast token, 1 spare: all sixteen. */
 #define GEMM_TOKENS 6
 #define GEMM_VECTORS 1
+#define GEMV_RUNS 2
 
 #define F2(f, x, y) \
     (v16f) { f((x).a, (y).a), f((x).b, (y).b) }

@@ -8,6 +8,7 @@ typedef __m512i v16i;
 /* Registers: 24 sums of 12 tokens x 32 rows, 2 of weights, the rest for the broadcast token. */
 #define GEMM_TOKENS 12
 #define GEMM_VECTORS 2
+#define GEMV_RUNS 4
 
 INLINE v16f f_zero(void) { return _mm512_setzero_ps(); }
 INLINE v16f f_set1(float a) { return _mm512_set1_ps(a); }

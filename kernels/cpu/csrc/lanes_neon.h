@@ -12,6 +12,7 @@ typedef struct {
 /* Registers: 16 sums of 4 tokens x 16 rows, 4 of weights, the rest for tokens and halves. */
 #define GEMM_TOKENS 4
 #define GEMM_VECTORS 1
+#define GEMV_RUNS 2
 
 #define EACH(type, expression) \
     type r; \

@@ -10,4 +10,5 @@ const int64_t qwenfit_bytes[KINDS] = {
     [EMBED] = sizeof(Embed),         [ROUTE] = sizeof(Route),
     [COMBINE] = sizeof(Combine),     [READ] = sizeof(Read),
     [FIND_SCALES] = sizeof(FindScales), [SOLVE_COLUMNS] = sizeof(SolveColumns),
+    [ROUND_GROUPS] = sizeof(RoundGroups),
 };

@@ -47,82 +47,89 @@ INLINE void unpack_block(int bits, const char *p, v16i *w)
     }
 }
 
-/* Where the codes lie that are wanted AHEAD_BYTES after those of `row`, in the order in which gemv_rows reads them: row
- * after row of a panel, panel after panel, and then the first panel of the 16 rows that follow in memory (past the
- * last ones a prefetch asks for nothing that faults). */
-#define AHEAD_BYTES 4096
-INLINE const char *codes_ahead(const char *codes, int64_t row_bytes, int64_t panel_bytes, int64_t panel, int64_t row)
+/* Where the codes lie that are wanted AHEAD_BYTES after those of `row`, in the order in which gemv_rows reads a run of
+ * `run` rows: row after row of a panel, panel after panel, and then the first panel of the run that lies 16 rows on
+ * (past the last ones a prefetch asks for nothing that faults). */
+#define AHEAD_BYTES 1024
+INLINE const char *codes_ahead(const char *codes, int64_t row_bytes, int64_t panel_bytes, int64_t panel, int64_t row,
+                               int64_t run)
 {
     const int64_t width = row_bytes < panel_bytes ? row_bytes : panel_bytes, steps = (AHEAD_BYTES + width - 1) / width;
-    const int64_t ahead = row + (steps < 16 ? steps : 16), next = panel + panel_bytes;
-    if (ahead < 16) return codes + ahead * row_bytes + panel;
-    return next < row_bytes ? codes + (ahead - 16) * row_bytes + next : codes + ahead * row_bytes;
+    const int64_t ahead = row + (steps < run ? steps : run), next = panel + panel_bytes;
+    if (ahead < run) return codes + ahead * row_bytes + panel;
+    return codes + (ahead - run) * row_bytes + (next < row_bytes ? next : 16 * row_bytes);
 }
 
-/* 16 rows of W, `pair` at a time, times `group` rows of activations: sums[16 s + row] are the lanes of one product.
- * Columns go in panels, so that the activations of one (and the tables beside them) stay in L1 while the 16 rows pass.
- * factors [block][part][stream][row], zeros [block][part][row].
+/* 16 rows of W in `runs` runs that are read side by side (rows 0, 4, 8 and 12, then 1, 5, 9 and 13, ...), times `group`
+ * rows of activations: sums[16 s + row] are the lanes of one product. Columns go in panels, so that the activations of
+ * one (and the tables beside them) stay in L1 while the 16 rows pass. factors [block][part][stream][row], zeros
+ * [block][part][row].
  *
- * Every line of codes is asked for 4 KiB before it is used. That decides the speed: a row's panel is half a page, too
- * short a run for the processor's own prefetchers (Cascade Lake, 4096 columns, this loop alone: 73 % of the read
- * bandwidth without, 77 % from 512 bytes ahead, 88 % from 2 KiB, 98 % from 4 KiB, and two rows at once 79 %). Two sums
- * in turn where a block has several groups: one would be a chain of four multiply-adds per line. */
-INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int pair, const char *codes, const Rounded *x,
+ * This loop must leave memory no time to wait; a line takes 6 to 7 ns to come, and 3 to 5 to be multiplied:
+ * Each run is a stream of neighbouring lines, which the processor's own prefetchers follow, and its lines are asked for
+ * a row or 1 KiB before they are used (one stream must ask for 4 KiB, and is slower). With a row of activations of one
+ * plane a line of it is read once for all runs. Two chains of products per line: one would be 20 cycles long, and the
+ * lines that wait for it fill the scheduler. Two sums in turn where a block has several groups, for the same reason. */
+INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, const char *codes, const Rounded *x,
                       int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
 {
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
-    const int64_t panel_blocks = PANEL_BLOCKS / group;
+    const int64_t panel_blocks = PANEL_BLOCKS / group, run = 16 / runs;
     const int64_t row_bytes = blocks * block_bytes, panel_bytes = panel_blocks * block_bytes;
     for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
     for (int64_t begin = 0; begin < blocks; begin += panel_blocks) {
         const int64_t end = begin + panel_blocks < blocks ? begin + panel_blocks : blocks;
-        for (int row = 0; row < 16; row += pair) {
+        for (int64_t row = 0; row < run; row++) {
             const char *p = codes + row * row_bytes + begin * block_bytes;
-            const char *ahead = codes_ahead(codes, row_bytes, panel_bytes, begin * block_bytes, row);
+            const char *ahead = codes_ahead(codes, row_bytes, panel_bytes, begin * block_bytes, row, run);
             const int16_t *words = x->words + (begin * streams + first) * BLOCK;
             const int32_t *lanes = x->lanes + (begin * streams + first) * parts * 16,
                           *zero = zeros + begin * parts * 16 + row;
             const float *factor = factors + begin * parts * group * 16 + row;
-            v16f y[2][GEMV_GROUP][2];
-            for (int r = 0; r < pair; r++)
-                for (int s = 0; s < group; s++) y[r][s][0] = sums[16 * s + row + r], y[r][s][1] = f_zero();
+            v16f y[4][GEMV_GROUP][2];
+            for (int r = 0; r < runs; r++)
+                for (int s = 0; s < group; s++) y[r][s][0] = sums[16 * s + row + r * run], y[r][s][1] = f_zero();
             for (int64_t block = begin; block < end; block++) {
-                v16i w[2][4];
-                for (int r = 0; r < pair; r++) {
-                    unpack_block(bits, p + r * row_bytes, w[r]);
+                v16i held[4];
+                if (runs == 4)
+                    for (int i = 0; i < 4; i++) held[i] = i_keep(i_load(words + 32 * i));
+#pragma GCC unroll 4
+                for (int r = 0; r < runs; r++) {
+                    v16i w[4];
+                    unpack_block(bits, p + r * run * row_bytes, w);
                     for (int64_t line = 0; line < block_bytes; line += 64)
-                        __builtin_prefetch(ahead + r * row_bytes + line);
-                }
-                for (int s = 0; s < group; s++)
-                    for (int part = 0; part < parts; part++)
-                        for (int r = 0; r < pair; r++) {
-                            v16i sum = dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * 16 + r);
+                        __builtin_prefetch(ahead + r * run * row_bytes + line);
+                    for (int s = 0; s < group; s++)
+                        for (int part = 0; part < parts; part++) {
+                            v16i chains[2] = {
+                                dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * 16 + r * run),
+                                i_zero()};
                             for (int i = 4 / parts * part; i < 4 / parts * (part + 1); i++)
-                                sum = w_dot(sum, w[r][i], i_load(words + s * BLOCK + 32 * i));
-                            y[r][s][part % 2] =
-                                f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r]), y[r][s][part % 2]);
+                                chains[parts < 4 && i % 2] =
+                                    w_dot(chains[parts < 4 && i % 2], w[i],
+                                          runs == 4 ? held[i] : i_load(words + s * BLOCK + 32 * i));
+                            v16i sum = parts < 4 ? i_add(chains[0], chains[1]) : chains[0];
+                            y[r][s][part % 2] = f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r * run]),
+                                                      y[r][s][part % 2]);
                         }
+                }
                 p += block_bytes, ahead += block_bytes;
                 words += streams * BLOCK, lanes += streams * parts * 16;
                 zero += parts * 16, factor += parts * group * 16;
             }
-            for (int r = 0; r < pair; r++)
+            for (int r = 0; r < runs; r++)
                 for (int s = 0; s < group; s++)
-                    sums[16 * s + row + r] = parts > 1 ? f_add(y[r][s][0], y[r][s][1]) : y[r][s][0];
+                    sums[16 * s + row + r * run] = parts > 1 ? f_add(y[r][s][0], y[r][s][1]) : y[r][s][0];
         }
     }
 }
 
-/* One row of activations over several panels: two rows of W at once, which halves the reads of the activations; where a
- * row is one panel they lie in L1 for all 16 rows, and row after row is the faster order. */
-#define GEMV_CASE(bits, zero_kind, parts, group, pair) \
+#define GEMV_CASE(bits, zero_kind, parts, group, runs) \
     case bits * 1000 + zero_kind * 100 + parts * 10 + group: \
-        if (pair == 2 && blocks > PANEL_BLOCKS) \
-            gemv_rows(bits, zero_kind, parts, group, 2, codes, x, first, factors, zeros, sums); \
-        else gemv_rows(bits, zero_kind, parts, group, 1, codes, x, first, factors, zeros, sums); \
+        gemv_rows(bits, zero_kind, parts, group, runs, codes, x, first, factors, zeros, sums); \
         break
 #define GEMV_CASES(bits, zero_kind, parts) \
-    GEMV_CASE(bits, zero_kind, parts, 1, 2); \
+    GEMV_CASE(bits, zero_kind, parts, 1, GEMV_RUNS); \
     GEMV_CASE(bits, zero_kind, parts, 2, 2); \
     GEMV_CASE(bits, zero_kind, parts, 4, 1)
 
@@ -148,27 +155,35 @@ static TaskScales gather_scales(const Matrix *m, int64_t scale_base, int64_t row
     return (TaskScales){scales, zeros, rows};
 }
 
+/* factors and zeros as gemv_rows reads them, for 16 rows of the task from `at` on. */
+INLINE void make_tables(int64_t dtype, const Matrix *m, TaskScales task, const Rounded *x, int64_t first, int group,
+                        int64_t at, float *factors, int32_t *zeros)
+{
+    const int64_t streams = x->rows * x->planes, part_columns = BLOCK / x->parts;
+    const float *x_scales = x->scales + first;
+    int64_t left = m->group_size;
+    for (int64_t block = 0; block < x->blocks; block++, x_scales += streams)
+        for (int64_t part = 0; part < x->parts; part++) {
+            v16f scale = load_at(task.scales, dtype, at);
+            for (int s = 0; s < group; s++, factors += 16) f_store(factors, f_mul(scale, f_set1(x_scales[s])));
+            if (m->zeros) i_store(zeros, i_from_f(load_at(task.zeros, dtype, at))), zeros += 16;
+            if ((left -= part_columns) == 0) at += task.rows, left = m->group_size;
+        }
+}
+
 /* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the task on. scratch: (group + 1) * blocks * parts
  * * 16 words. */
 static void gemv_streams(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
                          int group, int64_t row0, float *scratch, v16f *y)
 {
-    const int64_t streams = x->rows * x->planes, parts = x->parts, part_columns = BLOCK / parts;
+    const int64_t parts = x->parts;
     float *factors = scratch;
     int32_t *zeros = (int32_t *)(scratch + x->blocks * parts * group * 16);
-    int64_t at = row0, left = m->group_size, i = 0;
-    for (int64_t block = 0; block < x->blocks; block++)
-        for (int64_t part = 0; part < parts; part++, i++) {
-            __builtin_prefetch(codes + AHEAD_BYTES + 64 * i); /* memory is not to wait for these tables */
-            v16f scale = load_at(task.scales, m->scale_dtype, at);
-            for (int s = 0; s < group; s++)
-                f_store(factors + (i * group + s) * 16, f_mul(scale, f_set1(x->scales[block * streams + first + s])));
-            if (m->zeros) i_store(zeros + i * 16, i_from_f(load_at(task.zeros, m->scale_dtype, at)));
-            if ((left -= part_columns) == 0) at += task.rows, left = m->group_size;
-        }
+    if (m->scale_dtype == BFLOAT16 && group == 1)
+        make_tables(BFLOAT16, m, task, x, first, 1, row0, factors, zeros); /* most of decoding: memory waits for it */
+    else make_tables(m->scale_dtype, m, task, x, first, group, row0, factors, zeros);
     v16f sums[16 * GEMV_GROUP];
     const int zero_kind = zero_kind_of(m);
-    const int64_t blocks = x->blocks;
     switch (m->bits * 1000 + zero_kind * 100 + parts * 10 + group) {
         GEMV_CASES(4, SAME_ZERO, 1);
         GEMV_CASES(4, SAME_ZERO, 2);
@@ -206,6 +221,8 @@ static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t
 {
     const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), streams = tokens * x->planes;
     const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + first * row_bytes;
+    for (int64_t row = 0; row < 16; row += 4) /* on their way while scales are fetched */
+        for (int64_t at = 0; at < AHEAD_BYTES; at += 64) __builtin_prefetch(codes + row * row_bytes + at);
     TaskScales task = gather_scales(m, expert * m->expert_scales, first, count, (char *)scratch);
     scratch += scale_words(matrix_groups(m), count);
     for (int64_t row0 = 0; row0 < count; row0 += 16) {

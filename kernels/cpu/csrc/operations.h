@@ -23,6 +23,7 @@ enum {
     READ,
     FIND_SCALES,
     SOLVE_COLUMNS,
+    ROUND_GROUPS,
     KINDS
 };
 
@@ -212,3 +213,20 @@ typedef struct {
     uint8_t *codes;
     int64_t rows, columns, factor_stride, bits;
 } SolveColumns;
+
+/* ROUND_GROUPS: FIND_SCALES with equal costs, straight from the checkpoint's dtype, and the codes of it in the same
+ * pass: 0 ... 2^bits - 1, by division. A group has ROUND_GROUPS_MOST columns at most, a multiple of 16. Where a weight
+ * is infinite or not a number, is_bad becomes 1 and codes mean nothing. */
+#define ROUND_GROUPS_MOST 16384
+typedef struct {
+    int64_t kind;
+    const void *weight; /* [rows][columns] */
+    int64_t dtype;
+    const float *ratios;
+    int64_t ratio_count, refinements, rows, columns, group_size, bits, symmetric;
+    int64_t signed_scales, scale_dtype;
+    uint8_t *codes; /* [rows][columns] */
+    float *scales;  /* [rows][columns / group_size] */
+    uint8_t *zeros; /* likewise */
+    int64_t is_bad;
+} RoundGroups;

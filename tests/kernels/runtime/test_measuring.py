@@ -8,7 +8,7 @@ import torch
 from qwenfit.kernels.operations import REFERENCE
 from qwenfit.kernels.runtime import measuring
 from qwenfit.kernels.runtime.configuration import configuration_of
-from qwenfit.kernels.runtime.generate import prefill
+from qwenfit.kernels.runtime.generate import chunks, prefill
 from qwenfit.kernels.runtime.measuring import fill_caches, measure
 from qwenfit.kernels.runtime.memory import Buffers, Settings, allocate
 from qwenfit.kernels.runtime.model import Model
@@ -97,3 +97,18 @@ def test_layers_are_whole_repetitions(layers: int | None, ok: bool) -> None:
     else:
         with pytest.raises(ValueError, match="give a multiple of 4, up to 24"):
             configuration.with_layers(layers)
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 5])
+@pytest.mark.parametrize("read", [1, 3, 14])
+def test_what_was_not_read_is_reckoned_by_a_straight_line(seqs: int, read: int) -> None:
+    """Tokens of 1 ms and a microsecond per token before them, in chunks of 64 of prompts of 1,024: with one sequence
+    the whole comes out, with several within half a chunk's rise per sequence."""
+    depth = 1024
+    pieces = list(chunks([depth] * seqs, 64))
+    seconds = [
+        sum(1e-3 + 1e-6 * (start + token) for _, start, length in piece for token in range(length)) for piece in pieces
+    ]
+    shown, known = [*pieces[:read], pieces[-1]], [*seconds[:read], seconds[-1]]
+    whole = sum(known) + measuring.unread_s(shown, known, depth, seqs)
+    assert whole == pytest.approx(sum(seconds), rel=1e-9 if seqs == 1 else 0.02)
