@@ -188,7 +188,7 @@ def _throughput(found: Report, widths: tuple[Width, ...]) -> Section:
         gained = drafts(plan, found.mean_tokens)
         says.append(
             f"With {plan.mtp} draft token{'s' if plan.mtp > 1 else ''} a pass brings {gained.tokens_per_pass:.2f} "
-            f"tokens of a sequence: {pays(gained.pays_up_to_seqs)} at that length."
+            f"tokens of a sequence: {pays(gained)} at that length."
         )
     titles = ("sequences", "tokens/s of all", "cautious", "tokens/s of each")
     return Section(

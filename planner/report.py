@@ -18,7 +18,7 @@ from .plan import EnginePlan, Plan
 from .replica import Replica, replica, serving_plan
 from .request import Request
 from .search import variant
-from .speed import basis, drafts, step_time, widths
+from .speed import DRAFT_SEQS, Drafts, basis, drafts, step_time, widths
 from .workload import Workload
 
 LOAD_FACTORS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -287,17 +287,19 @@ def _drafts_told(kind: Kind, mean_tokens: int) -> Iterator[tuple[str, str, str]]
         yield (
             f"{kind.replica.title}: draft tokens",
             f"{plan.mtp} per pass, which then brings {kind.replica.step.tokens_per_seq:.2f} tokens; "
-            f"{pays(drafts(plan, mean_tokens).pays_up_to_seqs)}",
+            f"{pays(drafts(plan, mean_tokens))}",
             "the mean of published runs, the same in every pass of the simulation and for every text: percentiles lack "
             "what texts differ by, the speed model's interval has it",
         )
 
 
-def pays(seqs: int) -> str:
-    """Up to how many sequences drafts bring more than they cost, in words."""
-    if not seqs:
+def pays(gained: Drafts) -> str:
+    """From and up to how many sequences drafts bring more than they cost, in words."""
+    first, last = gained.pays_from_seqs, gained.pays_up_to_seqs
+    if not last:
         return "they pay with no number of sequences"
-    return "they pay as far as was looked, 1,024 sequences" if seqs >= 1024 else f"they pay up to {seqs:,} sequences"
+    since = f"from {first:,} " if first > 1 else ""
+    return f"they pay {since}up to {last:,} sequences{' (as far as was looked)' if last == DRAFT_SEQS[-1] else ''}"
 
 
 def _tower_told(kind: Kind, workload: Workload) -> Iterator[tuple[str, str, str]]:

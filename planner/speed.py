@@ -67,13 +67,15 @@ class Drafts:
 
     tokens_per_pass: float  # that a sequence advances by
     gain: float  # decode rate over that without drafts, at the number of sequences asked for
-    pays_up_to_seqs: int  # 0: not even alone; 1024: as far as was looked
+    pays_up_to_seqs: int  # 0: with no number; 1024: as far as was looked
+    pays_from_seqs: int  # 1 where they pay alone
 
     def to_json(self) -> dict[str, object]:
         return {
             "tokens_per_pass": rounded(self.tokens_per_pass),
             "gain": rounded(self.gain),
             "pays_up_to_seqs": self.pays_up_to_seqs,
+            "pays_from_seqs": self.pays_from_seqs,
         }
 
 
@@ -140,10 +142,14 @@ def drafts(plan: "EnginePlan", context_tokens: int = PROMPT_TOKENS) -> Drafts:
         return step.decode_tokens_per_s(seqs, context_tokens) / plain.decode_tokens_per_s(seqs, context_tokens)
 
     pays = [seqs for seqs in DRAFT_SEQS if gain(seqs) > 1]
-    until = next((seqs for seqs in DRAFT_SEQS if gain(seqs) <= 1), None)
-    if until is not None:
-        pays = [seqs for seqs in range(until // 2, until) if seqs and gain(seqs) > 1]
-    return Drafts(step.tokens_per_seq, gain(plan.seqs), max(pays, default=0))
+    if not pays:
+        return Drafts(step.tokens_per_seq, gain(plan.seqs), 0, 0)
+    first, last = pays[0], pays[-1]
+    if first > 1:  # what a draft step costs however many decode is shared by more
+        first = next(seqs for seqs in range(first // 2, first + 1) if gain(seqs) > 1)
+    if last < DRAFT_SEQS[-1]:
+        last = next(seqs for seqs in range(2 * last, last - 1, -1) if gain(seqs) > 1)
+    return Drafts(step.tokens_per_seq, gain(plan.seqs), last, first)
 
 
 def decode_tokens_per_s(plan: "EnginePlan") -> float:

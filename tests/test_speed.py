@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 
 from qwenfit.planner import Request, plan
 from qwenfit.planner.factors import KINDS, chain, factors, known
-from qwenfit.planner.speed import step_time
+from qwenfit.planner.speed import drafts, step_time
 from qwenfit.planner.steps import CONSTITUENTS
 from qwenfit.planner.work import work
 from qwenfit.profiles import device, model, weight_format
@@ -180,3 +180,19 @@ def test_a_machine_that_nobody_measured_has_a_plan_and_no_speed() -> None:
     assert unknown.speed is None and unknown.energy is None and unknown.to_json()["speed"] is None
     with pytest.raises(Unsupported, match="memory_bandwidth_bytes_per_s"):
         step_time(unknown)
+
+
+def test_drafts_pay_from_and_up_to_where_their_gain_crosses_one():
+    """What a draft step costs is shared by a batch: where weights are small it may not pay alone, and does in one."""
+    best = plan(Request(devices=("l40s",), engine="vllm", weights="int4", mtp=2, ctx_tokens=8192)).best
+    plain = plan(Request(devices=("l40s",), engine="vllm", weights="int4", ctx_tokens=8192)).best
+    found = drafts(best)
+
+    def gain(seqs):
+        rates = [step_time(one).decode_tokens_per_s(seqs, 2048) for one in (best, plain)]
+        return rates[0] / rates[1]
+
+    assert 0 < found.pays_from_seqs <= found.pays_up_to_seqs
+    assert gain(found.pays_from_seqs) > 1 and gain(found.pays_up_to_seqs) > 1
+    assert found.pays_from_seqs == 1 or gain(found.pays_from_seqs - 1) <= 1
+    assert found.pays_up_to_seqs == 1024 or gain(found.pays_up_to_seqs + 1) <= 1
