@@ -35,7 +35,7 @@ class StandIn:
                 outer.asked.append((self.path, json.loads(body)))
                 outer.act(self)
 
-            def log_message(self, format: str, *_: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
