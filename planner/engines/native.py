@@ -221,7 +221,31 @@ def weights_bytes(model: Model, fmt: WeightFormat, with_mtp: bool = False) -> in
     """Bytes of the text model (and of the prediction layer) in the runtime layout."""
     parts = ("text", "mtp") if with_mtp else ("text",)
     symmetric = _is_symmetric(fmt, model)
-    return sum(runtime_bytes(piece, symmetric) for piece in pieces(model, fmt) if piece.part in parts)
+    own = [piece for piece in pieces(model, fmt) if piece.part in parts]
+    if fmt.family != "checkpoint":
+        return sum(runtime_bytes(piece, symmetric) for piece in own)
+    scales: dict[str, set[tuple[int, ...]]] = {}
+    for piece in own:
+        if len(piece.shape) > 1 and piece.storage.bits == 16:
+            scales.setdefault(piece.role, set()).add(piece.shape)
+    return sum(_loaded_bytes(piece, scales.get(piece.role, set()), symmetric) for piece in own)
+
+
+def _loaded_bytes(piece: Piece, scales: set[tuple[int, ...]], symmetric: bool) -> int:
+    """Bytes in the runtime layout of tensors as a quantized checkpoint stores them. Codes and scales take as much as in
+    the file. Zero points stand there packed into 32-bit words, 4 or 8 to one, and become bf16 like their scales, or
+    nothing where they say no more than "symmetric"; indices and shapes are not kept."""
+    if piece.tensor.dtype not in ("I32", "I64"):
+        return piece.bytes
+    if len(piece.shape) < 2:
+        return 0
+    rows, columns = piece.shape[-2:]
+    for packed in (4, 8):
+        for shape in ((rows * packed, columns), (rows, columns * packed)):
+            if shape in scales:
+                zeros = 0 if symmetric else SCALE_BYTES * shape[0] * shape[1]
+                return zeros * max(1, len(piece.layers)) * piece.per_layer
+    return piece.bytes
 
 
 def runtime_bytes(piece: Piece, symmetric: bool) -> int:
