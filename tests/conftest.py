@@ -1,6 +1,7 @@
 """Hand-made answers for the renderings (real classes, invented bytes), and the command itself."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -310,3 +311,16 @@ def recorded(tmp_path: Path) -> Callable[[str], str]:
         return str(tmp_path / name)
 
     return lay
+
+
+@pytest.fixture
+def interruptible() -> Callable[[], None]:
+    """For `preexec_fn`: a process that may be interrupted, also where whoever runs the tests ignores Ctrl-C (a job in
+    the background, nohup), which its children would inherit."""
+
+    def restore() -> None:
+        for name in ("SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+    return restore

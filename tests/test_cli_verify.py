@@ -267,11 +267,12 @@ def test_engines_that_fail(mode: str, bench: Bench) -> None:
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("mode", ["hangs", "silent"])
-def test_interrupted(mode: str, number: signal.Signals, bench: Bench) -> None:
+def test_interrupted(mode: str, number: signal.Signals, bench: Bench, interruptible: Callable[[], None]) -> None:
     """While the engine boots, and while it answers: 130, one sentence, nobody left."""
     (bench.folder / "pids").unlink(missing_ok=True)
     words = bench.words("--engine", "llama.cpp", "--binary", bench.engine(mode), "--output", "never.json")
-    asked = subprocess.Popen(words, cwd=bench.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    asked = subprocess.Popen(words, cwd=bench.folder, preexec_fn=interruptible, **pipes)
     try:
         marks = {"hangs": "starts", "silent": "is ready"}
         assert asked.stderr

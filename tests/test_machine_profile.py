@@ -79,7 +79,11 @@ def test_a_plan_with_the_file_is_the_plan_with_the_machine(
     asked = {"model": "27b", "ctx_tokens": 65536, "seqs": 4}
     by_machine = plan(Request(devices=("auto",), **asked)).to_json()
     by_file = plan(Request(devices=(str(file),), **asked)).to_json()
-    assert by_machine == by_file
+    # What a plan tells of its devices says where their figures are from, and its digest is of that too.
+    told = [
+        {key: value for key, value in one.items() if key not in ("profiles", "sha256")} for one in (by_machine, by_file)
+    ]
+    assert told[0] == told[1]
     assert by_machine["plans"][0]["speed"] is not None  # type: ignore[index]
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -21,10 +21,14 @@ COMMAND = [sys.executable, "-m", "qwenfit.cli.plan", "serve"]
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*arguments: str, prepare: Callable[[], None] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its first line."""
     started = subprocess.Popen(
-        [*COMMAND, "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
     )
     try:
         assert started.stdout
@@ -43,8 +47,8 @@ def get(url: str, **headers: str) -> tuple[int, bytes]:
 
 
 @needs_the_extra
-def test_it_answers_until_it_is_told_to_stop() -> None:
-    with serving() as (process, url):
+def test_it_answers_until_it_is_told_to_stop(interruptible: Callable[[], None]) -> None:
+    with serving(prepare=interruptible if os.name == "posix" else None) as (process, url):
         assert url.startswith("http://127.0.0.1:") and url.endswith("/")
         status, body = get(f"{url}plan.json?gpu=rtx3060&ctx=256K")
         assert status == 200 and json.loads(body)["fits"] is True
