@@ -8,11 +8,10 @@ from ..profiles.errors import BadInput, Unsupported
 from ..profiles.frozen import replace
 from ..profiles.interconnect import assumed_interconnect, interconnect
 from ..profiles.model import Model
-from .candidates import candidates
 from .placement import Placement, Spread, block_obstacle, expert_ranks
 from .plan import EnginePlan
 from .request import Request
-from .search import context_notes, on_devices, rank, version_notes, worth_ranking
+from .search import context_notes, on_devices, plans_of, rank, version_notes, worth_ranking
 from .speed import decode_tokens_per_s
 
 WORTH_TELLING = 1.3  # times as fast
@@ -49,27 +48,8 @@ def best_spread(
     found: list[EnginePlan] = []
     refusal: str | None = None
     for way in ways:
-        offered = candidates(
-            module,
-            version,
-            asked_model,
-            box,
-            request.weights,
-            request.kv_dtype,
-            request.state_dtype or "float32",
-            request.mtp,
-            bool(request.vision),
-            request.tp,
-            request.pp,
-            on_devices(request.options),
-            way,
-        )
-        made = (
-            EnginePlan(
-                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, None, request.prices
-            )
-            for setup, estimate in offered
-        )
+        options = on_devices(request.options)
+        offered, made = plans_of(module, version, request, asked_model, box, options, notes, spread=way)
         found += _best_placed(made)
         refusal = refusal or offered.refusal
         if found and found[0].fits:

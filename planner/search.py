@@ -20,7 +20,7 @@ from ..profiles.frozen import replace
 from ..profiles.model import Model
 from ..profiles.model_catalog import model
 from ..profiles.names import quote
-from .candidates import ENGINE_MODULES, candidates, engine_module, known_version
+from .candidates import ENGINE_MODULES, Candidates, candidates, engine_module, known_version
 from .engines.engine import Engine
 from .engines.versions import release
 from .plan import MAX_CTX_TOKENS, Advisor, EnginePlan, Plan, Skipped
@@ -139,26 +139,7 @@ def _best_of(
     found: list[EnginePlan] = []
     refusal: str | None = None
     for way in ways:
-        offered = candidates(
-            module,
-            version,
-            asked_model,
-            devices,
-            request.weights,
-            request.kv_dtype,
-            request.state_dtype or "float32",
-            request.mtp,
-            bool(request.vision),
-            request.tp,
-            request.pp,
-            way,
-        )
-        made = (
-            EnginePlan(
-                module.ENGINE.name, setup, estimate, request.ctx_tokens, request.seqs, notes, assumed, request.prices
-            )
-            for setup, estimate in offered
-        )
+        offered, made = plans_of(module, version, request, asked_model, devices, way, notes, assumed)
         found += worth_ranking(made)
         refusal = refusal or offered.refusal
         if way is not ways[-1] and found and _is_good(found[0]):
@@ -166,6 +147,39 @@ def _best_of(
     if not found:
         raise Unsupported(refusal or f"{module.ENGINE.name} has no way to run {asked_model.name} there")
     return min(found, key=rank) if len(found) > 1 else found[0]
+
+
+def plans_of(
+    module: ModuleType,
+    version: str,
+    request: Request,
+    asked_model: Model,
+    devices: tuple[Device, ...],
+    options: Options,
+    notes: tuple[str, ...],
+    assumed: int | None = None,
+    spread: "Spread | None" = None,
+) -> tuple[Candidates, Iterator[EnginePlan]]:
+    """What an engine offers for the request in one way, and the plans of that, each made when it is reached."""
+    offered = candidates(
+        module,
+        version,
+        asked_model,
+        devices,
+        request.weights,
+        request.kv_dtype,
+        request.state_dtype or "float32",
+        request.mtp,
+        bool(request.vision),
+        request.tp,
+        request.pp,
+        options,
+        spread,
+    )
+    name, ctx_tokens, seqs, prices = module.ENGINE.name, request.ctx_tokens, request.seqs, request.prices
+    return offered, (
+        EnginePlan(name, setup, estimate, ctx_tokens, seqs, notes, assumed, prices) for setup, estimate in offered
+    )
 
 
 def _is_good(candidate: EnginePlan) -> bool:
