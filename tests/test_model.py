@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenfit.profiles.errors import BadInput, QwenfitError, UnknownName
-from qwenfit.profiles.model import Tensor, Vision, stored_bytes
+from qwenfit.profiles.errors import BadInput, QwenfitError, UnknownName, Unsupported
+from qwenfit.profiles.model import Model, Tensor, Vision, first_layers, stored_bytes
 from qwenfit.profiles.model_catalog import model, models
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())["models"]
@@ -198,3 +198,21 @@ def test_a_catalog_name_costs_little():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-9b", "qwen3.5-35b-a3b"])
+def test_the_first_layers_have_their_share_of_the_bytes(name: str) -> None:
+    """A fourth of the layers has a fourth of the layers' bytes, for each kind of layer repeats; what occurs once (the
+    embedding, lm_head, the final norm) and what is not text stays whole."""
+    whole = model(name)
+    part = first_layers(whole, whole.num_layers // 4 // 4 * 4)
+
+    def layer_bytes(one: Model) -> int:
+        return sum(
+            tensor.stored_bytes * tensor.count for tensor in one.tensors if tensor.part == "text" and tensor.layers
+        )
+
+    assert layer_bytes(part) * whole.num_layers == layer_bytes(whole) * part.num_layers
+    assert part.checkpoint_bytes - layer_bytes(part) == whole.checkpoint_bytes - layer_bytes(whole)
+    with pytest.raises(Unsupported, match="give a multiple of 4"):
+        first_layers(whole, 3)
