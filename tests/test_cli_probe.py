@@ -14,6 +14,7 @@ from qwenfit.cli import probe as command
 from qwenfit.cli.output import Screen
 from qwenfit.cli.plan import main
 from qwenfit.cli.probe_page import document, page
+from qwenfit.profiles.errors import BadInput
 from qwenfit.profiles.machine import Machine
 from qwenfit.profiles.machine_profile import Ceilings
 from qwenfit.profiles.probe import probe
@@ -157,5 +158,5 @@ def test_gpus_are_measured_by_their_uuid_and_like_ones_once(monkeypatch: pytest.
     assert command._measured(two_gpus, here) == (FOUND, FOUND)
     assert measured == [1]
     fake.cuda_uuids = tuple
-    with pytest.raises(command.BadInput, match="this torch does not reach H100"):
+    with pytest.raises(BadInput, match="this torch does not reach H100"):
         command._measured(two_gpus, here)

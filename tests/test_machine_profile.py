@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenfit.planner import Request, plan
-from qwenfit.profiles import box, device, devices_of
+from qwenfit.profiles import device, devices_of
 from qwenfit.profiles import this_machine as here
 from qwenfit.profiles.device import Device
 from qwenfit.profiles.device_file import parse_yaml
+from qwenfit.profiles.errors import BadInput
 from qwenfit.profiles.frozen import replace
 from qwenfit.profiles.machine_profile import Ceilings, profile_yaml, with_ceilings
 from qwenfit.profiles.probe import probe
@@ -150,7 +151,7 @@ def test_a_box_takes_a_file_of_several(tmp_path: Path) -> None:
     assert [one.memory_bytes // GIB for one in found] == [24, 24, 24, 12] and found[0] is found[1]
     assert [one.name for one in found] == ["rtx3090", "rtx3090", "rtx4090", "rtx3060"]
     assert len(devices_of(f"2x{file}")) == 6
-    with pytest.raises(box.BadInput, match="holds 3 devices"):
+    with pytest.raises(BadInput, match="holds 3 devices"):
         device(str(file))
 
 
@@ -171,5 +172,5 @@ def test_a_box_takes_a_file_of_several(tmp_path: Path) -> None:
 def test_wrong_lists_are_sentences(tmp_path: Path, text: str, sentence: str) -> None:
     file = tmp_path / "box.yaml"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(box.BadInput, match=sentence):
+    with pytest.raises(BadInput, match=sentence):
         devices_of(str(file))
