@@ -72,7 +72,8 @@ def operations(library: CpuLibrary, threads: int, rounds: int) -> list[dict[str,
 
 
 class Case:
-    """Something to time: runs on copies of its data in turn, `bytes` each; `flops` 0 where memory is what counts."""
+    """Something to time: runs on copies of its data in turn, `copies` in each run and `bytes` in each copy; `flops` of
+    one, 0 where memory is what counts."""
 
     def __init__(
         self,
@@ -81,8 +82,10 @@ class Case:
         runs: list[Callable[[], object]],
         flops: float = 0,
         rival: list[Callable[[], object]] | None = None,
+        copies: int = 1,
     ) -> None:
         self.name, self.bytes, self.runs, self.flops, self.rival = name, bytes, runs, flops, rival
+        self.copies = copies
 
 
 def random_weight(rows: int, columns: int, bits: int, group_size: int, asymmetric: bool = False) -> QuantizedWeight:
@@ -97,13 +100,16 @@ def random_weight(rows: int, columns: int, bits: int, group_size: int, asymmetri
     return QuantizedWeight(codes, scales, zeros, bits, group_size, rows, columns)
 
 
-def matmul_run(library: CpuLibrary, weight: QuantizedWeight, x: Tensor, threads: int) -> Callable[[], object]:
-    """The matmul as a program, without the cost of a call from Python."""
+def matmul_run(
+    library: CpuLibrary, weights: Sequence[QuantizedWeight], x: Tensor, threads: int
+) -> Callable[[], object]:
+    """x [T, K] times each of the weights, one after the other in one program: as a decode step has them
+    (`cpu/decode.py`), without a call from Python between."""
     program = Program(library)
-    rounded = add_round(program, x, weight)
-    add_matmul(
-        program, [quantized_matrix(weight, torch.empty(x.shape[0], weight.rows, dtype=x.dtype))], x.shape[0], rounded
-    )
+    for weight in weights:
+        rounded = add_round(program, x, weight)
+        y = torch.empty(x.shape[0], weight.rows, dtype=x.dtype)
+        add_matmul(program, [quantized_matrix(weight, y)], x.shape[0], rounded)
     return lambda: program.run(threads)
 
 
@@ -140,13 +146,14 @@ def _matmul_case(
     copies = 1 if tokens > 8 else -(-LARGEST_CACHE_BYTES // first.bytes)
     weights = [first, *(random_weight(rows, columns, bits, group_size) for _ in range(copies - 1))]
     x = torch.randn(tokens, columns).to(torch.bfloat16)
-    runs = [matmul_run(library, weight, x, threads) for weight in weights]
+    run = matmul_run(library, weights, x, threads)
     rival: list[Callable[[], object]] | None = None
     if (bits == 4 and (rows, columns) == SHAPES[0] and tokens == 1) or tokens > 8:
         rival = [partial(packed_matmul, x, weight) for weight in weights]  # as many copies as ours: from memory, too
         _seconds(rival)  # packs them
     flops = 2.0 * rows * columns * tokens
-    return Case(f"int{bits} g{group_size} {rows} x {columns}, {tokens} token(s)", first.bytes, runs, flops, rival)
+    name = f"int{bits} g{group_size} {rows} x {columns}, {tokens} token(s)"
+    return Case(name, first.bytes, [run], flops, rival, copies)
 
 
 def _delta_cases() -> list[Case]:
@@ -166,7 +173,8 @@ def _delta_cases() -> list[Case]:
 
 
 def _measure(library: CpuLibrary, case: Case, threads: int, rounds: int) -> dict[str, object]:
-    total = case.bytes * len(case.runs)
+    count = len(case.runs) * case.copies
+    total = case.bytes * count
     memory = torch.ones(max(total, LARGEST_CACHE_BYTES), dtype=torch.uint8)
     read = Program(library)
     read.add(operation("READ", data=memory.data_ptr(), bytes=memory.numel()), memory)
@@ -177,7 +185,7 @@ def _measure(library: CpuLibrary, case: Case, threads: int, rounds: int) -> dict
         if case.rival:
             rivals.append(_seconds(case.rival) / len(case.rival))
     percent = 100 * statistics.median(a / b for a, b in zip(reads, ours, strict=True))
-    best = min(ours) / len(case.runs)
+    best = min(ours) / count
     row = {
         "operation": case.name,
         "threads": threads,

@@ -1,0 +1,44 @@
+"""The table of the CPU path's speed: what is counted as one copy, and that a run does what its row says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwenfit.kernels import bench_cpu
+from qwenfit.kernels.bench_cpu import Case, matmul_run, random_weight
+from qwenfit.kernels.cpu.library import cpu_library
+from qwenfit.kernels.reference.dense import quantized_matmul
+
+needs_compiler = pytest.mark.skipif(cpu_library().path != "c", reason="no C compiler: nothing of our own to measure")
+
+
+@needs_compiler
+def test_shares_are_of_bytes_read_in_the_same_round(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Four copies of 64 MiB in one second, beside 256 MiB read in half of one: 64 MiB in 0.25 s, 50 % of the read."""
+    seconds = iter([0.5, 1.0, 0.5, 1.0])
+    monkeypatch.setattr(bench_cpu, "_seconds", lambda runs: next(seconds))
+    row = bench_cpu._measure(cpu_library(), Case("made", 64 << 20, [print], copies=4), threads=1, rounds=2)
+    assert row["best_ms"] == 250 and row["percent_of_read"] == 50
+    assert row["gb_per_s"] == pytest.approx(0.2684, rel=1e-3) and row["read_gb_per_s"] == pytest.approx(
+        0.5369, rel=1e-3
+    )
+    assert capsys.readouterr().out == "| made | 250.000 | 0.3 | 0.5 | 50 |  |  |\n"
+
+
+@needs_compiler
+def test_a_run_multiplies_by_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[torch.Tensor] = []
+    kept = bench_cpu.quantized_matrix
+
+    def seen(weight: Any, y: torch.Tensor) -> Any:
+        results.append(y)
+        return kept(weight, y)
+
+    monkeypatch.setattr(bench_cpu, "quantized_matrix", seen)
+    weights = [random_weight(32, 256, 4, 128) for _ in range(3)]
+    x = torch.randn(2, 256)
+    matmul_run(cpu_library(), weights, x, threads=1)()
+    for weight, y in zip(weights, results, strict=True):
+        exact = quantized_matmul(x, weight)
+        assert (y - exact).norm() <= 1e-3 * exact.norm()
