@@ -61,8 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in ("torch", "safetensors", "numpy"):
             raise
         return _failed(f"this needs {error.name}: pip install 'qwenfit[quant]'")
-    except (ValueError, MemoryError, RuntimeError) as error:
-        return _failed(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
+    except ValueError as error:
+        return _failed(str(error))
+    except (MemoryError, RuntimeError) as error:
+        return _failed(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception as error:
+        bug = f"{type(error).__name__}: {error}"
+        return _failed(f"{bug} (a bug in qwenfit: QWENFIT_DEBUG=1 shows where; please report it)")
 
 
 def _run(function: Callable[..., int | None], arguments: list[str], name: str | None) -> int:
@@ -161,6 +168,7 @@ def _quantize(
     if dry_run:
         write(dry_run_page(sizes(source, asked), json, fitted))
         return 0
+    line.begin()
     try:
         summary = quantize(
             source,
