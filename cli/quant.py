@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..profiles.errors import QwenfitError
+from ..profiles.errors import BadInput, QwenfitError
 from .error_chart import check_chart, draw_errors
 from .options import parse_bytes
 from .output import clean, quietly_closed, say, write
@@ -234,6 +234,8 @@ def _eval(
     from ..quant.evaluate import evaluate
 
     _check_device(device)
+    for path in (folder, reference):
+        _check_checkpoint(path)
     if plot:
         check_chart(plot)
     sequences = consecutive_sequences(read_text(text), read_tokenizer(reference), sequence, tokens)
@@ -242,6 +244,15 @@ def _eval(
         draw_errors(found, os.path.basename(os.path.abspath(folder)), plot)
     write(eval_page(found, json))
     return 1 if max_kl is not None and found.mean_kl > max_kl else 0
+
+
+def _check_checkpoint(path: str) -> None:
+    """A folder that `eval` can run: it has no GGUF kernels."""
+    if not os.path.isdir(path) or not os.path.exists(os.path.join(path, "config.json")):
+        raise BadInput(
+            f"{path} is no folder of config.json and safetensors, which eval takes (of GGUF files llama.cpp's own "
+            "llama-perplexity says the divergence)"
+        )
 
 
 def _check_device(name: str) -> None:

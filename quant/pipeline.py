@@ -29,12 +29,14 @@ from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
 from .experts import Method
+from .folder_result import FolderResult
+from .gguf_result import GgufResult
 from .grid import NotFinite
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .layout import lay_out
 from .modules import Module
-from .output import SCRATCH, open_output
+from .output import SCRATCH, Output, open_output
 from .placed_file import refuse
 from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
@@ -95,16 +97,16 @@ def quantize(
     started = time.monotonic()
     job = _Job(open_source(source), recipe, torch.device(device))
     identity, spills = job.identity(), job.spills(max_ram_bytes)
+    quantization = job.result.quantization_config()  # what it cannot say is refused before hours of work
     if job.tokens is not None:
         job.weights.check_tokens(job.tokens)
-    output = open_output(target, job.source.folder, overwrite=overwrite, resume=resume)
-    try:
+    with workers_at(workers) as solvers, _opened(job.result, target, job.source.folder, overwrite, resume) as output:
         journal = Journal(output, identity)
         state = journal.read()
         done = state["results"] if state else ()
         recorder = Recorder(job.result, job.schemes, job.configuration.num_layers, done, watch)
         job.result.open(output)
-        with workers_at(workers) as solvers, _scratch(output.folder) as scratch:
+        with _scratch(output.folder) as scratch:
             job.work(recorder, journal, state, scratch if spills else None, solvers)
         if job.source.fingerprint() != identity["source"]:
             raise BadInput(f"{job.source.folder} changed while it was read: --overwrite begins anew")
@@ -112,11 +114,21 @@ def quantize(
         seconds = time.monotonic() - started
         summary = job.summary(output.target, recorder.results, seconds, state is not None)
         texts = {"README.md": model_card(job.card(summary, command)), "recipe.yaml": job.recipe.text()}
-        output.finish(job.source, job.result.quantization_config(), texts)
-    finally:
-        job.result.close()
-        output.release()
+        output.finish(job.source, quantization, texts)
     return summary
+
+
+@contextmanager
+def _opened(
+    result: FolderResult | GgufResult, target: str, source_folder: str, overwrite: bool, resume: bool
+) -> Iterator[Output]:
+    """Where to write, claimed until the end, whatever that is."""
+    output = open_output(target, source_folder, overwrite=overwrite, resume=resume)
+    try:
+        yield output
+    finally:
+        result.close()
+        output.release()
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class Source:
         return digest.hexdigest()
 
     def _refuse_infinite(self, name: str, tensor: Tensor) -> None:
-        # A sum is finite only where all its terms are (and may overflow where they are): one pass, the fastest there is.
+        # A sum is finite only where all its terms are (and may overflow where they are): one pass, the fastest one.
         if tensor.sum().isfinite():
             return
         integer, mask = _EXPONENTS[self.tensors[name].dtype]

@@ -121,6 +121,9 @@ def test_a_recipe_file_overrides(here: Path, capsys: pytest.CaptureFixture[str])
         (["Small", "out", "--recipe", "none.yaml"], "none.yaml cannot be read"),
         (["Small", "Small"], "one inside the other"),
         (["inspect", "nothing"], "nothing"),
+        (["eval", "Small", "--reference", "nothing"], "nothing is no folder of config.json and safetensors"),
+        (["eval", "small.gguf", "--reference", "Small"], "llama-perplexity says the divergence"),
+        (["Small", "out", "--workers", "x"], "--workers x: give auto"),
         (["--no-such-option"], "--help"),
         (["inspect", "."], "neither safetensors nor GGUF"),
     ],
@@ -131,7 +134,7 @@ def test_what_is_wrong_is_one_sentence(
     assert quant.main(words) == 2
     out, said = capsys.readouterr()
     assert sentence in said and said.startswith("qwen-quant: ") and said.count("\n") == 1 and not out
-    assert not (here / "out").exists()
+    assert [path.name for path in here.iterdir()] == ["Small"]  # nothing was begun
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,13 @@ def test_a_large_head_does_not_count_as_a_whole(
         quantize(source, str(tmp_path / "less"), small(method="rtn", lm_head=8), max_ram_bytes=limit - 1)
 
 
+def test_what_a_configuration_cannot_say_is_refused_before_the_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = str(checkpoint("qwen3_next"))
+    with pytest.raises(ValueError, match="cannot be told apart in AWQ's rules"):
+        quantize(source, str(tmp_path / "out"), small(format="awq"), watch=lambda progress: pytest.fail("too late"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_rtn_needs_no_tokenizer_and_says_no_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(checkpoint("qwen3_5"), source)
