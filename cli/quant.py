@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..profiles.errors import QwenfitError
+from ..profiles.errors import BadInput, QwenfitError
 from .error_chart import check_chart, draw_errors
 from .options import parse_bytes
 from .output import clean, quietly_closed, say, write
@@ -61,8 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in ("torch", "safetensors", "numpy"):
             raise
         return _failed(f"this needs {error.name}: pip install 'qwenfit[quant]'")
-    except (ValueError, MemoryError, RuntimeError) as error:
-        return _failed(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
+    except ValueError as error:
+        return _failed(str(error))
+    except (MemoryError, RuntimeError) as error:
+        return _failed(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception as error:
+        bug = f"{type(error).__name__}: {error}"
+        return _failed(f"{bug} (a bug in qwenfit: QWENFIT_DEBUG=1 shows where; please report it)")
 
 
 def _run(function: Callable[..., int | None], arguments: list[str], name: str | None) -> int:
@@ -161,6 +168,7 @@ def _quantize(
     if dry_run:
         write(dry_run_page(sizes(source, asked), json, fitted))
         return 0
+    line.begin()
     try:
         summary = quantize(
             source,
@@ -226,6 +234,8 @@ def _eval(
     from ..quant.evaluate import evaluate
 
     _check_device(device)
+    for path in (folder, reference):
+        _check_checkpoint(path)
     if plot:
         check_chart(plot)
     sequences = consecutive_sequences(read_text(text), read_tokenizer(reference), sequence, tokens)
@@ -234,6 +244,15 @@ def _eval(
         draw_errors(found, os.path.basename(os.path.abspath(folder)), plot)
     write(eval_page(found, json))
     return 1 if max_kl is not None and found.mean_kl > max_kl else 0
+
+
+def _check_checkpoint(path: str) -> None:
+    """A folder that `eval` can run: it has no GGUF kernels."""
+    if not os.path.isdir(path) or not os.path.exists(os.path.join(path, "config.json")):
+        raise BadInput(
+            f"{path} is no folder of config.json and safetensors, which eval takes (of GGUF files llama.cpp's own "
+            "llama-perplexity says the divergence)"
+        )
 
 
 def _check_device(name: str) -> None:

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WORST = 8
 BAR = 40
+PROGRESS_BAR = 20
 
 
 class ProgressLine:
-    """One line that is written over on a terminal; elsewhere a line per layer."""
+    """One line with a bar that is written over on a terminal; elsewhere a line per layer."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.terminal, self.layer, self.shown = stream, stream.isatty(), -1, ""
+
+    def begin(self) -> None:
+        """Before the first module, while everything is copied that is not quantized."""
+        if self.terminal:
+            self._write_over("copying what is not quantized")
 
     def show(self, progress: "Progress") -> None:
         """After every module."""
@@ -32,9 +38,8 @@ class ProgressLine:
         left = "" if progress.seconds_left is None else f"  {duration(progress.seconds_left)} left"
         text = f"{where}  {module}{error}{left}"
         if self.terminal:
-            self.stream.write(f"\r{text.ljust(len(self.shown))}")
-            self.stream.flush()
-            self.shown = text
+            filled = "#" * round(PROGRESS_BAR * progress.layer / progress.layers)
+            self._write_over(f"[{filled.ljust(PROGRESS_BAR, '.')}] {text}")
         elif progress.layer != self.layer:
             self.layer = progress.layer
             self.stream.write(f"{where}{left}\n")
@@ -42,15 +47,21 @@ class ProgressLine:
     def show_sensitivity(self, layer: int, layers: int) -> None:
         """After every layer whose sensitivity was measured."""
         text = f"sensitivity of layer {layer}/{layers}"
-        self.stream.write(f"\r{text.ljust(len(self.shown))}" if self.terminal else f"{text}\n")
-        self.stream.flush()
-        self.shown = text if self.terminal else ""
+        if self.terminal:
+            self._write_over(text)
+        else:
+            self.stream.write(f"{text}\n")
 
     def close(self) -> None:
         """Ends the line."""
         if self.shown:
             self.stream.write("\n")
             self.shown = ""
+
+    def _write_over(self, text: str) -> None:
+        self.stream.write(f"\r{text.ljust(len(self.shown))}")
+        self.stream.flush()
+        self.shown = text
 
 
 def summary_page(summary: "Summary", as_json: bool, fitted: "Fitted | None" = None) -> str:

@@ -15,10 +15,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any
 
 from ..profiles.errors import BadInput
 from .placed_file import refuse
+from .positioned import claim
 from .shards import write_text
 from .source import Source
 
@@ -29,15 +31,22 @@ _CODE = (".py", ".pyc", ".so", ".sh")
 _WRITTEN = ("config.json", "README.md", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _COPIED_FOLDERS = ("additional_chat_templates",)
 _LIMIT_BYTES = 256 << 20
+_CLAIM = ".running"
+SCRATCH = ".activations-"
+"""What the name of a folder begins with that a run needs for itself alone: one that was killed leaves it behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """`folder` is where to write; `target` what it will be called; `resumed`: it was there already."""
+    """`folder` is where to write; `target` what it will be called; `resumed`: it was there already.
+
+    It is claimed for this process until `release`: two runs of one command would write into the same files.
+    """
 
     target: str
     folder: str
     resumed: bool
+    claimed: FileIO
 
     def finish(
         self, source: Source, quantization: Mapping[str, Any] | None = None, texts: Mapping[str, str] | None = None
@@ -55,6 +64,7 @@ class Output:
                 write_text(os.path.join(self.folder, "config.json"), json.dumps(config, indent=2) + "\n")
             for name, text in (texts or {}).items():
                 write_text(os.path.join(self.folder, name), text)
+            self.release()
             for name in os.listdir(self.folder):
                 if name.startswith("."):  # the run's own notes, see `journal`
                     _remove(os.path.join(self.folder, name))
@@ -62,12 +72,17 @@ class Output:
         except OSError as error:
             refuse(self.target, error)
 
+    def release(self) -> None:
+        """Lets another run have the folder, as the end of the process would."""
+        self.claimed.close()
+
     def journal(self, name: str) -> str:
         """Where a run keeps a note for --resume: a hidden file or folder that `finish` removes."""
         return os.path.join(self.folder, f".{name}")
 
     def discard(self) -> None:
         """Removes what was written so far."""
+        self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -75,8 +90,8 @@ def open_output(target: str, source_folder: str, overwrite: bool = False, resume
     """A folder to write into. With `resume` the one of an interrupted run, where there is one.
 
     `BadInput` in one sentence: the target exists and `overwrite` is not given, or it is no checkpoint (nothing else is
-    ever replaced), an interrupted run lies there and neither `resume` nor `overwrite` is given, the source is inside
-    the target or the other way round, or nothing can be written there.
+    ever replaced), an interrupted run lies there and neither `resume` nor `overwrite` is given, another run is still at
+    work there, the source is inside the target or the other way round, or nothing can be written there.
     """
     target = os.path.abspath(target)
     parent, name = os.path.split(target)
@@ -88,15 +103,18 @@ def open_output(target: str, source_folder: str, overwrite: bool = False, resume
         if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
             _check_replaceable(target, overwrite)
         if os.path.isdir(folder):
+            claimed = _claimed(folder, target)
             if resume:
-                return Output(target, folder, True)
+                _remove_scratch(folder)
+                return Output(target, folder, True, claimed)
+            claimed.close()
             if not overwrite:
                 raise BadInput(f"{target} was begun and not finished: --resume goes on, --overwrite begins anew")
             shutil.rmtree(folder)
         os.makedirs(folder)
+        return Output(target, folder, False, _claimed(folder, target))
     except OSError as error:
         refuse(parent if error.errno in (errno.EACCES, errno.EROFS) else target, error)
-    return Output(target, folder, False)
 
 
 def copy_beside(source_folder: str, folder: str) -> None:
@@ -111,6 +129,19 @@ def copy_beside(source_folder: str, folder: str) -> None:
         is_ours = name.startswith(".") or name in _WRITTEN or lower.endswith((*_WEIGHTS, *_CODE, ".index.json"))
         if not is_ours and os.path.isfile(path) and os.path.getsize(path) <= _LIMIT_BYTES:
             shutil.copyfile(path, os.path.join(folder, name))
+
+
+def _claimed(folder: str, target: str) -> FileIO:
+    file = claim(os.path.join(folder, _CLAIM))
+    if file is None:
+        raise BadInput(f"{target} is being written by another run: wait for it, or end it first")
+    return file
+
+
+def _remove_scratch(folder: str) -> None:
+    for name in os.listdir(folder):
+        if name.startswith(SCRATCH):
+            shutil.rmtree(os.path.join(folder, name))
 
 
 def _check_apart(target: str, source: str) -> None:

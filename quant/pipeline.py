@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,17 +29,20 @@ from .calibration import Text, choose_sequences, read_text, read_tokenizer
 from .card import Card, model_card
 from .decoder import DecoderLayer, Stream
 from .experts import Method
+from .folder_result import FolderResult
+from .gguf_result import GgufResult
 from .grid import NotFinite
 from .journal import Journal
 from .layer_solver import LayerSolver
 from .layout import lay_out
 from .modules import Module
-from .output import open_output
+from .output import SCRATCH, Output, open_output
+from .placed_file import refuse
 from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
-from .solve import round_to_nearest
+from .solve import Solved, round_to_nearest
 from .source import Source, open_source
-from .tasks import one_ahead
+from .tasks import Aside, one_ahead
 from .weights import Weights
 from .workers import Here, RayCluster, workers_at
 
@@ -93,28 +97,49 @@ def quantize(
     started = time.monotonic()
     job = _Job(open_source(source), recipe, torch.device(device))
     identity, spills = job.identity(), job.spills(max_ram_bytes)
+    quantization = job.result.quantization_config()  # what it cannot say is refused before hours of work
     if job.tokens is not None:
         job.weights.check_tokens(job.tokens)
-    output = open_output(target, job.source.folder, overwrite=overwrite, resume=resume)
-    journal = Journal(output, identity)
-    state = journal.read()
-    done = state["results"] if state else ()
-    recorder = Recorder(job.result, job.schemes, job.configuration.num_layers, done, watch)
-    job.result.open(output)
-    try:
-        with (
-            workers_at(workers) as solvers,
-            tempfile.TemporaryDirectory(prefix=".activations-", dir=output.folder) as scratch,
-        ):
+    with workers_at(workers) as solvers, _opened(job.result, target, job.source.folder, overwrite, resume) as output:
+        journal = Journal(output, identity)
+        state = journal.read()
+        done = state["results"] if state else ()
+        recorder = Recorder(job.result, job.schemes, job.configuration.num_layers, done, watch)
+        job.result.open(output)
+        with _scratch(output.folder) as scratch:
             job.work(recorder, journal, state, scratch if spills else None, solvers)
+        if job.source.fingerprint() != identity["source"]:
+            raise BadInput(f"{job.source.folder} changed while it was read: --overwrite begins anew")
         job.result.finish()
-    finally:
-        job.result.close()
-    seconds = time.monotonic() - started
-    summary = job.summary(output.target, recorder.results, seconds, state is not None)
-    texts = {"README.md": model_card(job.card(summary, command)), "recipe.yaml": job.recipe.text()}
-    output.finish(job.source, job.result.quantization_config(), texts)
+        seconds = time.monotonic() - started
+        summary = job.summary(output.target, recorder.results, seconds, state is not None)
+        texts = {"README.md": model_card(job.card(summary, command)), "recipe.yaml": job.recipe.text()}
+        output.finish(job.source, quantization, texts)
     return summary
+
+
+@contextmanager
+def _opened(
+    result: FolderResult | GgufResult, target: str, source_folder: str, overwrite: bool, resume: bool
+) -> Iterator[Output]:
+    """Where to write, claimed until the end, whatever that is."""
+    output = open_output(target, source_folder, overwrite=overwrite, resume=resume)
+    try:
+        yield output
+    finally:
+        result.close()
+        output.release()
+
+
+@contextmanager
+def _scratch(folder: str) -> Iterator[str]:
+    """A folder for activations, gone afterwards. `BadInput` where there can be none."""
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder)
+    except OSError as error:
+        refuse(folder, error)
+    with scratch as path:
+        yield path
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,25 +201,27 @@ class _Job:
         """Everything that `state` does not call done. folder: where activations go; None keeps them in memory."""
         first = int(state["layer"]) if state else 0
         streams = self._streams(journal, first, folder)
-        if state is None:
-            self.result.copy()
-            self._save(recorder, journal, 0, streams)
         method = Method(str(self.recipe.method), self.result.scale_dtype, self.recipe.damping)
         outside = [module for module in self.modules if module.layer is None]
         inside = [] if streams else [m for n in range(first, self.configuration.num_layers) for m in self._layer(n)]
-        ahead = self._read_ahead([*inside, *outside])
+        rounded = self._rounded([*inside, *outside])
         solver = LayerSolver(self.weights, recorder, self.schemes, method, workers)
-        for number in range(first, self.configuration.num_layers):
-            if streams:
-                modules = {module.leaf: module for module in self._layer(number)}
-                originals = self.weights.layer(number)
-                layers = [DecoderLayer(originals, self.configuration, number) for _ in streams]
-                solver.solve_layer(layers, streams, modules)
-            else:
-                self._round(self._layer(number), recorder, ahead)
-            recorder.layer_done(number)
-            self._save(recorder, journal, number + 1, streams)
-        self._round(outside, recorder, ahead)
+        with Aside() as saver:
+            if state is None:
+                self.result.copy()
+                self._save(recorder, journal, 0, streams, saver)
+            for number in range(first, self.configuration.num_layers):
+                if streams:
+                    modules = {module.leaf: module for module in self._layer(number)}
+                    originals = self.weights.layer(number)
+                    layers = [DecoderLayer(originals, self.configuration, number) for _ in streams]
+                    solver.solve_layer(layers, streams, modules)
+                else:
+                    self._write(self._layer(number), recorder, rounded)
+                recorder.layer_done(number)
+                self._save(recorder, journal, number + 1, streams, saver)
+            self._write(outside, recorder, rounded)
+            saver.wait()
         self.result.sync()
 
     def _layer(self, number: int) -> list[Module]:
@@ -205,7 +232,7 @@ class _Job:
         if max_ram_bytes is None:
             return False
         config = self.configuration
-        largest = max(module.rows * module.columns for module in self.modules)
+        largest = max(self._weights_at_once(module) for module in self.modules)
         fixed = PROCESS_BYTES + 4 * 4 * largest
         activations = 0
         if self.tokens is not None:
@@ -216,31 +243,38 @@ class _Job:
             inner = max(config.intermediate_size, config.value_dim, config.num_attention_heads * config.head_dim)
             activations = 4 * sum(self._stream_tokens()) * (2 * config.hidden_size + inner)
         if fixed > max_ram_bytes:
-            raise BadInput(
-                f"--max-ram {max_ram_bytes:,} bytes: about {fixed:,} are needed beside activations; give that, or take "
-                "--method rtn"
-            )
+            beside = "; give that" if self.tokens is None else " beside activations; give that, or take --method rtn"
+            raise BadInput(f"--max-ram {max_ram_bytes:,} bytes: about {fixed:,} are needed{beside}")
         return fixed + activations > max_ram_bytes
 
-    def _round(self, modules: Iterable[Module], recorder: Recorder, weights: Iterator[Tensor]) -> None:
-        """To nearest, some rows at a time: a head has more of them than fit into memory twice. weights: from
-        `_read_ahead`, the next of which are these modules'."""
-        for module in modules:
-            scheme, order = self.schemes[module.name], self.result.orders.get(module.name)
-            for rows in self.result.row_blocks(module):
-                try:
-                    solved = round_to_nearest(next(weights), scheme, self.result.scale_dtype, order)
-                except NotFinite:
-                    self.weights.module(module, rows)  # names the tensor
-                    raise
-                recorder.write(module, solved, rows.start)
+    def _weights_at_once(self, module: Module) -> int:
+        """How many of a module's weights are worked on at a time."""
+        if self.tokens is not None and module.layer is not None:
+            return module.rows * module.columns
+        return module.columns * max(rows.stop - rows.start for rows in self.result.row_blocks(module))
 
-    def _read_ahead(self, modules: Iterable[Module]) -> Iterator[Tensor]:
-        """Every block of rows of these modules, read while the one before is rounded, which looks for NaN and Inf."""
-        blocks = ((module, rows) for module in modules for rows in self.result.row_blocks(module))
-        return one_ahead(
+    def _write(self, modules: Iterable[Module], recorder: Recorder, rounded: Iterator[Solved]) -> None:
+        """rounded: from `_rounded`, the next of which are these modules'."""
+        for module in modules:
+            for rows in self.result.row_blocks(module):
+                recorder.write(module, next(rounded), rows.start)
+
+    def _rounded(self, modules: Iterable[Module]) -> Iterator[Solved]:
+        """Every block of rows of these modules to nearest: a head has more rows than fit into memory twice. While one
+        is written, the next is rounded (which looks for NaN and Inf), and the one behind it is read."""
+        blocks = [(module, rows) for module in modules for rows in self.result.row_blocks(module)]
+        weights = one_ahead(
             lambda block: self.weights.module(*block, is_checked=self.schemes[block[0].name].kind is not None), blocks
         )
+        return one_ahead(lambda found: self._round(*found[0], found[1]), zip(blocks, weights, strict=True))
+
+    def _round(self, module: Module, rows: slice, weight: Tensor) -> Solved:
+        order = self.result.orders.get(module.name)
+        try:
+            return round_to_nearest(weight, self.schemes[module.name], self.result.scale_dtype, order)
+        except NotFinite:
+            self.weights.module(module, rows)  # names the tensor
+            raise
 
     def _streams(self, journal: Journal, layer: int, folder: str | None) -> list[Stream]:
         """The quantized stream, and the full-precision one where it is asked for, as they enter a layer."""
@@ -265,10 +299,20 @@ class _Job:
         shared = [math.ceil(TARGET_SHARE * sequences)] if self.recipe.full_precision_targets else []
         return [count * length for count in (sequences, *shared)]
 
-    def _save(self, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream]) -> None:
+    def _save(self, recorder: Recorder, journal: Journal, layer: int, streams: list[Stream], saver: Aside) -> None:
+        """Rounding goes on while the disk takes what there is, so the state is saved as often as the disk keeps up.
+        With hidden states it waits: they would be in memory twice."""
+        if not (streams and layer):
+            if saver.is_free():
+                saver.start(self._save_now, journal, layer, recorder.as_json(), None)
+            return
+        saver.wait()
+        hidden = torch.cat([stream.hidden[:].cpu() for stream in streams])
+        self._save_now(journal, layer, recorder.as_json(), hidden)
+
+    def _save_now(self, journal: Journal, layer: int, results: list[dict[str, Any]], hidden: Tensor | None) -> None:
         self.result.sync()
-        hidden = torch.cat([stream.hidden[:].cpu() for stream in streams]) if streams and layer else None
-        journal.write(layer, recorder.as_json(), hidden)
+        journal.write(layer, results, hidden)
 
     def summary(self, target: str, results: Iterable[Result], seconds: float, resumed: bool) -> Summary:
         results, method = tuple(results), self.recipe.method

@@ -1,8 +1,11 @@
 """Files read and written by position, by several threads at once: by the system's own calls, or where it has none
-(Windows), one at a time behind a lock. macOS has neither fdatasync nor posix_fallocate."""
+(Windows), one at a time behind a lock. Nor does that claim files. macOS has neither fdatasync nor posix_fallocate."""
 
+import errno
 import os
 import shutil
+from importlib import import_module
+from io import FileIO
 from threading import Lock
 from typing import Any
 
@@ -12,6 +15,7 @@ _pread: Any = getattr(os, "preadv", None)
 _pwrite: Any = getattr(os, "pwrite", None)
 _fallocate: Any = getattr(os, "posix_fallocate", None)
 _fsync: Any = getattr(os, "fdatasync", os.fsync)
+_locks: Any = import_module("fcntl") if os.name == "posix" else None
 
 
 def read_at(file: int, buffer: memoryview, offset_bytes: int) -> int:
@@ -40,6 +44,21 @@ def write_at(file: int, data: memoryview, offset_bytes: int) -> None:
 def sync(file: int) -> None:
     """Waits until what was written would survive a power cut."""
     _fsync(file)
+
+
+def claim(path: str) -> FileIO | None:
+    """An open file that says to other processes that `path` is in use, until it is closed or this process ends in
+    whatever way. None where another one says so. A file system without such locks claims nothing. OSError as of the
+    system."""
+    file = FileIO(path, "ab")
+    try:
+        if _locks:
+            _locks.flock(file, _locks.LOCK_EX | _locks.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            return None
+    return file
 
 
 def free_bytes(path: str) -> int:

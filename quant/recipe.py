@@ -216,7 +216,8 @@ def resolve(recipe: Recipe, modules: Iterable[Module]) -> tuple[dict[str, Scheme
         try:
             scheme.groups(module.columns)
         except ValueError as error:
-            raise BadInput(f"{module.name}: {error}; choose another group size, or keep it with a rule") from error
+            instead = "take another format" if scheme.kind else "choose another group size"
+            raise BadInput(f"{module.name}: {error}; {instead}, or keep it with a rule") from error
         schemes[module.name] = scheme
     if not schemes:
         raise BadInput("the recipe keeps every module: there is nothing to quantize")

@@ -109,8 +109,10 @@ class Source:
         return digest.hexdigest()
 
     def _refuse_infinite(self, name: str, tensor: Tensor) -> None:
+        # A sum is finite only where all its terms are (and may overflow where they are): one pass, the fastest one.
+        if tensor.sum().isfinite():
+            return
         integer, mask = _EXPONENTS[self.tensors[name].dtype]
-        # One pass over the bits, in pieces that stay in the cache; isfinite makes three of them.
         for part in tensor.view(-1).view(integer).split(1 << 18):
             if bool(((part & mask) == mask).any()):
                 raise BadInput(

@@ -47,6 +47,42 @@ def one_ahead(function: Callable[[Argument], Value], arguments: Iterable[Argumen
             yield coming.result()
 
 
+class Aside:
+    """One call at a time in a thread of its own, while the caller goes on: for waiting for a disk.
+
+    Used as a context: its end waits for the last call. An exception of a call is raised by the next `is_free` or
+    `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[object] | None = None
+
+    def __enter__(self) -> "Aside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def is_free(self) -> bool:
+        """Whether the call before this one is done."""
+        if self._running is None or not self._running.done():
+            return self._running is None
+        self.wait()
+        return True
+
+    def start(self, function: Callable[..., object], *arguments: object) -> None:
+        """function(*arguments), behind the call before this one."""
+        self.wait()
+        self._running = self._pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        """Returns when nothing is under way."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
 @contextmanager
 def one_thread_each(device: torch.device | str = "cpu") -> Iterator[Tasks]:
     """As many threads as torch.get_num_threads() says, each with a torch of one thread; only the caller for a GPU.

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 pytest.importorskip("torch", reason="the quantizer needs torch: pip install 'qwenfit[quant]'")
 
 from qwenfit.cli import quant
-from qwenfit.cli.quant_page import duration, size
+from qwenfit.cli.quant_page import ProgressLine, duration, size
+from qwenfit.quant.recorder import Progress
 
 FAST = ("--group-size", "32", "--tokens", "128")
 
@@ -119,6 +121,9 @@ def test_a_recipe_file_overrides(here: Path, capsys: pytest.CaptureFixture[str])
         (["Small", "out", "--recipe", "none.yaml"], "none.yaml cannot be read"),
         (["Small", "Small"], "one inside the other"),
         (["inspect", "nothing"], "nothing"),
+        (["eval", "Small", "--reference", "nothing"], "nothing is no folder of config.json and safetensors"),
+        (["eval", "small.gguf", "--reference", "Small"], "llama-perplexity says the divergence"),
+        (["Small", "out", "--workers", "x"], "--workers x: give auto"),
         (["--no-such-option"], "--help"),
         (["inspect", "."], "neither safetensors nor GGUF"),
     ],
@@ -129,7 +134,7 @@ def test_what_is_wrong_is_one_sentence(
     assert quant.main(words) == 2
     out, said = capsys.readouterr()
     assert sentence in said and said.startswith("qwen-quant: ") and said.count("\n") == 1 and not out
-    assert not (here / "out").exists()
+    assert [path.name for path in here.iterdir()] == ["Small"]  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,24 @@ def test_an_interrupt_is_130_and_resumable(
     assert (here / "Small-int4" / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (KeyError("layer"), "KeyError: 'layer' (a bug in qwenfit: QWENFIT_DEBUG=1 shows where; please report it)"),
+        (PermissionError(13, "Permission denied", "/etc/x"), "/etc/x: Permission denied"),
+    ],
+)
+def test_nothing_is_a_traceback(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qwenfit.quant.quantize", fail)
+    assert quant.main(["Small", *FAST]) == 2
+    assert capsys.readouterr().err == f"qwen-quant: {sentence}\n"
+
+
 def test_help_shows_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "qwenfit.cli.quant", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -182,6 +205,21 @@ def test_without_torch_it_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and "pip install 'qwenfit[quant]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bar_on_a_terminal() -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    line = ProgressLine(stream)
+    line.begin()
+    line.show(Progress(8, 32, "model.layers.8.mlp.up_proj", 0.00123, 3900))
+    line.close()
+    first, last = stream.getvalue().removeprefix("\r").split("\r")
+    assert first == "copying what is not quantized"
+    assert last == "[#####...............] layer 9/32  mlp.up_proj  error 1.23e-03  1 h 5 min left\n"
 
 
 def test_amounts_on_the_screen() -> None:

@@ -119,7 +119,6 @@ def run_ours(source: str, sequences: Tensor, grid: Grid, method: str, targets: b
     from qwenfit.quant.grid import rtn
     from qwenfit.quant.modules import list_modules
     from qwenfit.quant.pipeline import TARGET_SHARE
-    from qwenfit.quant.solve import TARGET_DAMPING
     from qwenfit.quant.source import open_source
     from qwenfit.quant.weights import Weights
 
@@ -137,10 +136,8 @@ def run_ours(source: str, sequences: Tensor, grid: Grid, method: str, targets: b
     for number in range(configuration.num_layers):
         leaves = {module.leaf for module in modules if module.layer == number}
         layers = [DecoderLayer(weights.layer(number), configuration, number) for _ in streams]
-        if method == "awq":
-            changed = smoothed(layers, streams, leaves, grid)
-        else:
-            changed = solved(layers, streams, leaves, grid, TARGET_DAMPING if targets else 0.01)
+        change = smoothed if method == "awq" else solved
+        changed = change(layers, streams, leaves, grid)
         names = weights.layer_names(number)
         found.update({names[leaf].removesuffix(".weight"): matrix for leaf, matrix in changed.items()})
     return found
@@ -152,20 +149,21 @@ def levels(grid: Grid) -> Any:
     return Levels(grid.bits, grid.group_size, grid.symmetric, torch.bfloat16)
 
 
-def solved(layers: list[Any], streams: list[Any], leaves: set[str], grid: Grid, damping: float) -> dict[str, Tensor]:
+def solved(layers: list[Any], streams: list[Any], leaves: set[str], grid: Grid) -> dict[str, Tensor]:
     """A layer's matrices after GPTQ, by leaf; the streams go on behind the layer."""
     from qwenfit.quant.cholesky import factorize
     from qwenfit.quant.gptq import gptq
     from qwenfit.quant.layer_solver import accumulated
     from qwenfit.quant.modules import STAGES
     from qwenfit.quant.quantized import Quantized
-    from qwenfit.quant.solve import UNMOVED_PER_COLUMN
+    from qwenfit.quant.solve import TARGET_DAMPING, UNMOVED_PER_COLUMN, needed_damping
 
     found = {}
     for stage in layers[0].stages:
         inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
         hessian = accumulated(inputs, [layers[0].weights[leaf] for leaf in STAGES[stage] if leaf in leaves])
         cross = hessian.cross_mean(UNMOVED_PER_COLUMN * hessian.columns) if hessian.has_cross else None
+        damping = max(0.01, needed_damping(hessian.columns, hessian.tokens), TARGET_DAMPING if cross else 0)
         factor = factorize(hessian.mean(), damping=damping, overwrite=True)
         for leaf in leaves.intersection(STAGES[stage]):
             weight = layers[0].weights[leaf]

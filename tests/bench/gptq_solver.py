@@ -3,6 +3,7 @@
     python tests/bench/gptq_solver.py --peer llm-compressor=VENV/bin/python --peer gptqmodel=VENV/bin/python
     python tests/bench/gptq_solver.py --shape 4096x12288 --tokens 2048 --bits 4 --group-size 128
     python tests/bench/gptq_solver.py --matrices FILE.safetensors --group-size 64      # of `real_matrices.py`
+    python tests/bench/gptq_solver.py --hessian-only --shape 64x12288 --tokens 8192
 
 Each tool runs in a process of its own, ours too, one after the other: CPU seconds (user + system) of the Hessian and of
 the solve with its factorisation, peak memory, and the error tr(dW H dW^T) / tr(W H W^T) on the tokens of the
@@ -16,6 +17,7 @@ Tokens of our own making have a spectrum that falls as a power, channels of unli
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -33,6 +35,9 @@ SHAPES = ("8192x4096", "4096x12288")
 OURS = "qwenfit"
 SEQUENCE_TOKENS = 512
 DIRECTIONS = 512
+Measured = Iterator[tuple[str, float, Tensor]]
+"""What a tool yields: "hessian" with its CPU seconds, then "solve" with its own and the matrix that the codes stand
+for. Who does not ask for the second has the Hessian alone."""
 
 
 def activations(tokens: int, columns: int, seed: int) -> Tensor:
@@ -66,7 +71,7 @@ class Clock:
         return self._then - then
 
 
-def run_ours(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, dict[str, float]]:
+def run_ours(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) -> Measured:
     from qwenfit.quant.cholesky import factorize
     from qwenfit.quant.gptq import gptq
     from qwenfit.quant.hessian import Hessian
@@ -76,20 +81,16 @@ def run_ours(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) 
     sums = Hessian(w.shape[1])
     sums.add(x)
     hessian = sums.mean()
-    hessian_s = clock.lap_s()
+    yield "hessian", clock.lap_s(), w
     factor = factorize(hessian, overwrite=True)
     del hessian, sums
-    factor_s = clock.lap_s()
     codes, scales, zeros = gptq(w, factor, bits, group_size, symmetric=symmetric)
-    rest_s = clock.lap_s()
+    solve_s = clock.lap_s()
     size = w.shape[1] // scales.shape[1]
-    done = Quantized(codes, scales, zeros, bits, size, symmetric).dequantize()
-    return done, {"hessian_s": hessian_s, "solve_s": factor_s + rest_s, "factor_s": factor_s}
+    yield "solve", solve_s, Quantized(codes, scales, zeros, bits, size, symmetric).dequantize()
 
 
-def run_llm_compressor(
-    w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool
-) -> tuple[Tensor, dict[str, float]]:
+def run_llm_compressor(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) -> Measured:
     import llmcompressor.modifiers.gptq.helpers as helpers  # pyright: ignore[reportMissingImports]
     from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
         ActivationOrdering,
@@ -109,7 +110,7 @@ def run_llm_compressor(
     hessian, samples = helpers.make_empty_hessian(module), torch.zeros(())
     for sequence in x.split(SEQUENCE_TOKENS):
         hessian, samples = helpers.accumulate_hessian(sequence[None], module, hessian, samples)
-    hessian_s = clock.lap_s()
+    yield "hessian", clock.lap_s(), w
     observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=arguments, module=module)
     observer(module.weight)
     parameters = observer.get_qparams()
@@ -125,10 +126,10 @@ def run_llm_compressor(
         global_scale=global_scale,
         quant_args=arguments,
     )
-    return done[0], {"hessian_s": hessian_s, "solve_s": clock.lap_s()}
+    yield "solve", clock.lap_s(), done[0]
 
 
-def run_gptqmodel(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, dict[str, float]]:
+def run_gptqmodel(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: bool) -> Measured:
     from gptqmodel.quantization.config import QuantizeConfig  # pyright: ignore[reportMissingImports]
     from gptqmodel.quantization.gptq import GPTQ  # pyright: ignore[reportMissingImports]
 
@@ -142,12 +143,12 @@ def run_gptqmodel(w: Tensor, x: Tensor, bits: int, group_size: int, symmetric: b
         for number, sequence in enumerate(x.split(SEQUENCE_TOKENS)):
             task.add_batch(sequence[None], sequence[None], batch_index=number)
         task.finalize_hessian()
-        hessian_s = clock.lap_s()
+        yield "hessian", clock.lap_s(), w
         done = task.quantize()[0]
-    return done.clone(), {"hessian_s": hessian_s, "solve_s": clock.lap_s()}
+    yield "solve", clock.lap_s(), done.clone()
 
 
-TOOLS: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
+TOOLS: dict[str, Callable[..., Measured]] = {
     OURS: run_ours,
     "llm-compressor": run_llm_compressor,
     "gptqmodel": run_gptqmodel,
@@ -182,15 +183,21 @@ def work(options: argparse.Namespace) -> None:
     """What a child process does: one tool, its cases, one JSON document."""
     torch.set_num_threads(options.threads)
     # Once for nothing: imports, kernels that are compiled at the first call.
-    TOOLS[options.tool](
-        weight(32, 256), activations(256, 256, seed=1), options.bits, options.group_size, not options.asym
+    list(
+        TOOLS[options.tool](
+            weight(32, 256), activations(256, 256, seed=1), options.bits, options.group_size, not options.asym
+        )
     )
     answers = {name: measured(options, w, x, unseen) for name, w, x, unseen in cases(options)}
     Path(options.answer).write_text(json.dumps(answers))
 
 
 def measured(options: argparse.Namespace, w: Tensor, x: Tensor, unseen: Tensor) -> dict[str, float]:
-    rounded, answer = TOOLS[options.tool](w.clone(), x, options.bits, options.group_size, not options.asym)
+    answer, rounded = {"hessian_s": math.nan, "solve_s": math.nan}, w
+    for step, seconds, made in TOOLS[options.tool](w.clone(), x, options.bits, options.group_size, not options.asym):
+        answer[f"{step}_s"], rounded = seconds, made
+        if options.hessian_only:
+            break
     answer["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     rounded = rounded.detach().float()
     answer["error"] = output_error(w, rounded, x)
@@ -207,6 +214,7 @@ def ask(tool: str, python: str, shape: str, options: argparse.Namespace) -> dict
         for name in ("tokens", "bits", "group_size", "threads"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         command += ["--asym"] if options.asym else []
+        command += ["--hessian-only"] if options.hessian_only else []
         command += ["--matrices", os.path.abspath(options.matrices)] if options.matrices else []
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -223,6 +231,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hessian-only", action="store_true", help="leave out the solve")
     parser.add_argument("--peer", action="append", default=[], help="NAME=PYTHON, the interpreter of its environment")
     parser.add_argument("--tool", help=argparse.SUPPRESS)
     parser.add_argument("--answer", help=argparse.SUPPRESS)

@@ -110,14 +110,31 @@ def test_what_was_begun_is_gone_on_with_or_begun_anew(source: Source, tmp_path: 
     target = str(tmp_path / "made")
     first = open_output(target, source.folder)
     Path(first.folder, "half").write_text("done")
+    Path(first.folder, ".activations-x").mkdir()  # what a killed run needed for itself alone
+    first.release()
     with pytest.raises(BadInput, match="begun and not finished: --resume goes on, --overwrite begins anew"):
         open_output(target, source.folder)
     again = open_output(target, source.folder, resume=True)
     assert again.resumed and again.folder == first.folder and Path(again.folder, "half").exists()
+    assert not Path(again.folder, ".activations-x").exists()
+    again.release()
     anew = open_output(target, source.folder, overwrite=True)
     assert not anew.resumed and not Path(anew.folder, "half").exists()
     anew.discard()
     assert not open_output(target, source.folder, resume=True).resumed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
+@pytest.mark.parametrize("option", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_do_not_write_into_one_folder(option: dict[str, bool], source: Source, tmp_path: Path) -> None:
+    """Two of the same command would: one that is told to go on while the first is still at work."""
+    first = open_output(str(tmp_path / "made"), source.folder)
+    Path(first.folder, "half").write_text("done")
+    with pytest.raises(BadInput, match="made is being written by another run: wait for it, or end it first"):
+        open_output(str(tmp_path / "made"), source.folder, **option)
+    assert Path(first.folder, "half").exists()
+    finished(first, source)
+    assert open_output(str(tmp_path / "made"), source.folder, overwrite=True).discard() is None
 
 
 def test_a_run_killed_while_it_replaced(source: Source, tmp_path: Path) -> None:

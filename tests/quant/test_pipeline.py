@@ -145,6 +145,57 @@ def test_another_source_is_not_gone_on_with(checkpoint: Checkpoint, tmp_path: Pa
         quantize(str(source), str(tmp_path / "out"), SMALL, resume=True)
 
 
+def test_a_source_that_changes_while_it_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("qwen3_5"), source)
+
+    def watch(progress: Any) -> None:
+        os.utime(source / "model.safetensors", (1, 1))
+
+    with pytest.raises(BadInput, match="source changed while it was read"):
+        quantize(str(source), str(tmp_path / "out"), small(method="rtn"), watch=watch)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("after", [1, 9, 24])
+def test_rounding_that_is_interrupted_goes_on_to_the_same_bytes(
+    checkpoint: Checkpoint, tmp_path: Path, after: int
+) -> None:
+    """Its state goes to the disk while it goes on, so it may be behind; the bytes are the same."""
+    source, recipe, seen = str(checkpoint("qwen3_5")), small(method="rtn"), []
+
+    def watch(progress: Any) -> None:
+        seen.append(progress.module)
+        if len(seen) == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(source, str(tmp_path / "out"), recipe, watch=watch)
+    done = quantize(source, str(tmp_path / "out"), recipe, resume=True)
+    whole = quantize(source, str(tmp_path / "whole"), recipe)
+    assert files(done.target) == files(whole.target) and done.results == whole.results
+
+
+def test_a_large_head_does_not_count_as_a_whole(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rounded some rows at a time, so its 65,536 weights do not take 16 bytes each, as those of an expert do."""
+    from qwenfit.quant import folder_result, pipeline
+
+    monkeypatch.setattr(folder_result, "BLOCK_BYTES", 4096)
+    source, limit = str(checkpoint("qwen3_5_moe")), pipeline.PROCESS_BYTES + 16 * 128 * 128
+    quantize(source, str(tmp_path / "out"), small(method="rtn", lm_head=8), max_ram_bytes=limit)
+    with pytest.raises(BadInput, match=r"are needed; give that$"):
+        quantize(source, str(tmp_path / "less"), small(method="rtn", lm_head=8), max_ram_bytes=limit - 1)
+
+
+def test_what_a_configuration_cannot_say_is_refused_before_the_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = str(checkpoint("qwen3_next"))
+    with pytest.raises(ValueError, match="cannot be told apart in AWQ's rules"):
+        quantize(source, str(tmp_path / "out"), small(format="awq"), watch=lambda progress: pytest.fail("too late"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_rtn_needs_no_tokenizer_and_says_no_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(checkpoint("qwen3_5"), source)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwenfit.quant import positioned
-from qwenfit.quant.positioned import BINARY, free_bytes, read_at, sync, take_room, taken_bytes, write_at
+from qwenfit.quant.positioned import BINARY, claim, free_bytes, read_at, sync, take_room, taken_bytes, write_at
 
 NAMES = ("_pread", "_pwrite", "_fallocate")
 
@@ -38,3 +38,14 @@ def test_threads_read_and_write_each_their_part(
     assert read_at(file, memoryview(bytearray(8)), 64 * 4096) == 0
     os.close(file)
     assert 0 < free_bytes(str(path)) < 1 << 60
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
+def test_a_file_is_claimed_until_it_is_closed(tmp_path: Path) -> None:
+    path = str(tmp_path / "claim")
+    first = claim(path)
+    assert first is not None and claim(path) is None
+    first.close()
+    second = claim(path)
+    assert second is not None
+    second.close()

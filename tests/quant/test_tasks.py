@@ -1,8 +1,10 @@
-"""Reading one ahead: order, how far ahead, and what happens to an error."""
+"""Reading one ahead and saving aside: order, how far ahead, and what happens to an error."""
+
+from threading import Event
 
 import pytest
 
-from qwenfit.quant.tasks import one_ahead
+from qwenfit.quant.tasks import Aside, one_ahead
 
 
 def test_values_come_in_order_and_at_most_one_is_made_ahead() -> None:
@@ -24,3 +26,30 @@ def test_an_error_comes_where_its_value_would() -> None:
     assert [next(values), next(values)] == [2, 3]
     with pytest.raises(ZeroDivisionError):
         next(values)
+
+
+def test_one_call_is_aside_at_a_time() -> None:
+    done, gate = [], Event()
+
+    def call(number: int) -> None:
+        gate.wait(10)
+        done.append(number)
+
+    with Aside() as aside:
+        assert aside.is_free()
+        aside.start(call, 1)
+        assert not aside.is_free() and not done
+        gate.set()
+        aside.start(call, 2)
+        aside.wait()
+        assert aside.is_free() and done == [1, 2]
+        aside.start(call, 3)
+    assert done == [1, 2, 3]  # the end of the context waits
+
+
+def test_an_error_aside_is_raised_once() -> None:
+    with Aside() as aside:
+        aside.start(divmod, 1, 0)
+        with pytest.raises(ZeroDivisionError):
+            aside.wait()
+        assert aside.is_free()
