@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwenfit.cli.deploy import write_folder
+from qwenfit.cli.bundle_folder import write_folder
 from qwenfit.planner import Request, plan
 from qwenfit.profiles.errors import BadInput
 
@@ -60,6 +60,10 @@ def test_a_dry_run_writes_nothing(qwen_plan: Command, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     done = qwen_plan("deploy", plan_file(tmp_path), str(out), "--dry-run")
     assert done.status == 0 and "Would write" in done.stdout and not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refused = qwen_plan("deploy", plan_file(tmp_path), str(out), "--dry-run")
+    assert refused.status == 2 and "is not empty" in refused.stderr
 
 
 def test_a_plan_that_does_not_fit_is_refused(qwen_plan: Command, tmp_path: Path) -> None:

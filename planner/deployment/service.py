@@ -25,6 +25,7 @@ class Service:
     programs: Mapping[str, str]  # where the image keeps a program, or what it calls it, where the line does not say so
     key_environment: str | None  # the variable that makes the engine ask for a key
     key_flag: str | None  # or the flag that does
+    documentation: str
     health: str  # what asks for the health inside the image: python3 or curl
 
     @property
@@ -57,6 +58,7 @@ def service(engine: str, version: str, vendor: str) -> Service:
         programs=row.get("program", {}),
         key_environment=row.get("key_environment"),
         key_flag=row.get("key_flag"),
+        documentation=row["documentation"],
         health=row["health"],
     )
 
