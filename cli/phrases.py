@@ -41,9 +41,13 @@ def question(plan: Plan) -> str:
     devices = ", ".join(
         f"{names.count(name)}x{name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
     )
-    if request.nodes > 1:
-        devices = f"{request.nodes} boxes of {devices}"
-    return f"{plan.model.name} on {devices}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
+    where = boxes(request.nodes, devices)
+    return f"{plan.model.name} on {where}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
+
+
+def boxes(nodes: int, devices: str) -> str:
+    """`2 boxes of 8xa100-80gb`; of one box, what is in it."""
+    return f"{nodes} boxes of {devices}" if nodes > 1 else devices
 
 
 def setup(plan: EnginePlan) -> str:

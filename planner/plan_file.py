@@ -16,6 +16,7 @@ from ..profiles.errors import BadInput, QwenfitError
 from ..profiles.frozen import dataclass, fields, replace
 from ..profiles.json_file import read_json_object, short
 from ..profiles.names import join_or, quote
+from .boxes import MAX_NODES
 from .calibration import Calibration
 from .documents import digest
 from .plan import EnginePlan
@@ -48,7 +49,7 @@ class _Request(_Open):
     devices: Annotated[list[Name], Field(min_length=1, max_length=1024)]
     ctx_tokens: Annotated[int, Field(ge=1, le=10_000_000)]
     seqs: Annotated[int, Field(ge=1, le=1_000_000)]
-    nodes: Annotated[int, Field(ge=1, le=128)] = 1  # boxes that `devices` are dealt out to
+    nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1  # boxes that `devices` are dealt out to
     interconnect: Name | None = None
     options: _AskedOptions
 
