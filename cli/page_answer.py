@@ -55,7 +55,7 @@ class View(NamedTuple):
     shares: tuple[Share, ...]
     host: str | None
     limits: str
-    command: str
+    commands: tuple[str, ...]  # of every box, the one that serves first
     lists: tuple[tuple[str, list[str]], ...]
     runners_up: list[tuple[str, ...]]
     refusals: list[str]
@@ -81,7 +81,7 @@ def view(plan: Plan) -> View:
         shares=tuple(_share(count, share) for count, share in phrases.shares(best)),
         host=phrases.host(best),
         limits=phrases.limits(best),
-        command=best.command,
+        commands=phrases.launches(best),
         lists=tuple((title, entries) for title, entries in lists if entries),
         runners_up=[phrases.runner_up(other) for other in plan.plans[1:] if other.fits],
         refusals=[f"{who}: {why}" for who, why in phrases.refusals(plan)],

@@ -12,6 +12,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from ..planner.boxes import MAX_NODES
+from ..planner.search import MAX_ASKED_SEQS, MAX_PARALLEL
 from ..profiles.errors import BadInput, QwenfitError
 from . import page_report, phrases
 from .markdown import markdown
@@ -106,12 +108,16 @@ def _whole(desk: Desk, question: Question, told: dict[str, Any], status: int) ->
         "choices": choices(desk.allow_auto),
         "model_name": listed_model(question.model),
         "rows": [listed_row(row, desk.allow_auto) for row in question.devices],
+        "spread": question.nodes > 1 or any((question.tp, question.pp, question.dp, question.ep)),
         "ctx_text": tokens_text(question.ctx_tokens),
         "moved": _moved(question)["moved"],
         "contexts": [tokens_text(tokens) for tokens in CONTEXTS],
         "last_step": len(CONTEXTS) - 1,
         "max_rows": MAX_ROWS,
         "max_devices": MAX_DEVICES,
+        "max_seqs": MAX_ASKED_SEQS,
+        "max_nodes": MAX_NODES,
+        "max_parallel": MAX_PARALLEL,
     }
     return HTMLResponse(_render("page.html.j2", {"problem": None, **form, **told}), status)
 

@@ -30,7 +30,7 @@ def test_the_words_are_the_commands(failing: Any) -> None:
     shown, best = view(failing), failing.best
     assert (shown.verdict, shown.state) == ("Does not fit", "no")
     assert shown.question == phrases.question(failing) and shown.setup == phrases.setup(best)
-    assert shown.reasons == best.reasons and shown.command == best.command and shown.limits == phrases.limits(best)
+    assert shown.reasons == best.reasons and shown.commands == (best.command,) and shown.limits == phrases.limits(best)
     assert dict(shown.lists)["What to change"][0].startswith("KV cache in q4_0 (fits): saves 4.00 GiB")
     assert dict(shown.lists)["Speed"] == list(phrases.speed(best))
     assert [one.title for one in shown.figures] == ["Decodes", "First token", "Longest context", "Most sequences"]
