@@ -11,7 +11,9 @@
   cache.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
@@ -223,29 +225,28 @@ def _layer_counts(
     tail = table.lm_head or table.embedding
     tail += table.mtp + table.mtp_experts + cache if mtp else 0
     rooms = [device.usable_bytes - backend_of(device).runtime.mid for device in devices]
-    low, high = 0.0, (sum(loads) + tail + vision_bytes) / max(1, min(rooms))
+    sums = list(accumulate(loads, initial=0))
+    low, high = 0.0, (sums[-1] + tail + vision_bytes) / max(1, min(rooms))
     for _ in range(40):
         middle = (low + high) / 2
-        if sum(_dealt(loads, rooms, middle, vision_bytes, tail)) >= len(loads):
+        if _dealt(sums, rooms, middle, vision_bytes, tail)[-1] == len(loads):
             high = middle
         else:
             low = middle
-    counts = _dealt(loads, rooms, high, vision_bytes, tail)
-    counts[-1] = len(loads) - sum(counts[:-1])
-    return tuple(counts)
+    ends = [0, *_dealt(sums, rooms, high, vision_bytes, tail)[:-1], len(loads)]
+    return tuple(end - begin for begin, end in pairwise(ends))
 
 
-def _dealt(loads: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> list[int]:
-    """How many layers each device takes when none may be filled beyond a fraction of its room."""
-    counts = [0] * len(rooms)
-    layer = 0
+def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> list[int]:
+    """Behind which layer each device ends when none may be filled beyond a fraction of its room. `sums` are the bytes
+    of the layers before each."""
+    ends: list[int] = []
+    end = 0
     for index, room in enumerate(rooms):
         left = fraction * room - (head if index == 0 else 0) - (tail if index == len(rooms) - 1 else 0)
-        while layer < len(loads) and loads[layer] <= left:
-            left -= loads[layer]
-            counts[index] += 1
-            layer += 1
-    return counts
+        end = max(end, bisect_right(sums, sums[end] + left) - 1)
+        ends.append(end)
+    return ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
