@@ -152,12 +152,12 @@ def offer_rows(offers: Offers) -> list[tuple[str, ...]]:
 
 
 def _offer_row(one: Offer) -> tuple[str, ...]:
-    engine, weights, kv_dtype, speed, _, longest, _ = phrases.runner_up(one.plan)
+    engine, weights, kv_dtype, speed, *_ = phrases.runner_up(one.plan)
     name = one.price.device.title
     return (
         f"{one.count} x {name}" if one.count > 1 else name,
         f"${one.usd:,}",
-        *(speed, longest, engine, weights, kv_dtype),
+        *(speed, f"{one.limits.max_ctx_tokens:,}", engine, weights, kv_dtype),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from json import dumps
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ Pairs = Sequence[tuple[str, str]]
 
 def web(desk: Desk) -> APIRouter:
     router = APIRouter(include_in_schema=False)
+    for file in _folder().iterdir():
+        if file.name.startswith("page") and file.name.endswith(".j2"):  # compiled before anybody asks
+            _templates().get_template(file.name)
 
     @router.get("/")
     async def page(http: Request) -> Response:
@@ -173,4 +177,8 @@ def _templates() -> Environment:
 
 @lru_cache
 def _text(name: str) -> str:
-    return files(__package__ or "qwenfit.cli").joinpath(name).read_text(encoding="utf-8")
+    return _folder().joinpath(name).read_text(encoding="utf-8")
+
+
+def _folder() -> Traversable:
+    return files(__package__ or "qwenfit.cli")

@@ -180,7 +180,9 @@ def _refusal(engine: Engine, model: Model, mtp: int, vision: bool, tp: int | Non
     if engine.parallelism != "tensor" and tp not in (None, 1):
         return f"{engine.name} has no tensor parallelism: leave out --tp"
     if engine.parallelism == "tensor" and (pp or 1) > model.num_layers:
-        return f"{model.name} has {model.num_layers} layers, and {pp} pipeline stages need one each: give a smaller --pp"
+        return (
+            f"{model.name} has {model.num_layers} layers, and {pp} pipeline stages need one each: give a smaller --pp"
+        )
     return None
 
 

@@ -14,6 +14,7 @@
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from math import inf
 from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
@@ -226,27 +227,41 @@ def _layer_counts(
     tail += table.mtp + table.mtp_experts + cache if mtp else 0
     rooms = [device.usable_bytes - backend_of(device).runtime.mid for device in devices]
     sums = list(accumulate(loads, initial=0))
-    low, high = 0.0, (sums[-1] + tail + vision_bytes) / max(1, min(rooms))
-    for _ in range(40):
-        middle = (low + high) / 2
-        if _dealt(sums, rooms, middle, vision_bytes, tail)[-1] == len(loads):
-            high = middle
-        else:
-            low = middle
-    ends = [0, *_dealt(sums, rooms, high, vision_bytes, tail)[:-1], len(loads)]
+    ends = [0, *_fewest_filled(sums, rooms, vision_bytes, tail)[:-1], len(loads)]
     return tuple(end - begin for begin, end in pairwise(ends))
 
 
-def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> list[int]:
-    """Behind which layer each device ends when none may be filled beyond a fraction of its room. `sums` are the bytes
-    of the layers before each."""
+def _fewest_filled(sums: list[int], rooms: list[int], head: int, tail: int) -> list[int]:
+    """Where devices end at the smallest fraction of their rooms that holds every layer: halving, and from a fraction
+    that is too small on to the next at which anything changes."""
+    layers, loads = len(sums) - 1, sums[-1]
+    low, high = 0.999 * loads / max(1, sum(rooms)), (loads + head + tail) / max(1, min(rooms))
+    best, _ = _dealt(sums, rooms, high, head, tail)
+    for _ in range(40):
+        middle = (low + high) / 2
+        ends, next_fraction = _dealt(sums, rooms, middle, head, tail)
+        if ends[-1] == layers:
+            best, high = ends, middle
+            continue
+        low = next_fraction * (1 + 1e-13)
+        ends, _ = _dealt(sums, rooms, low, head, tail)
+        if ends[-1] == layers:
+            return ends
+    return best
+
+
+def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> tuple[list[int], float]:
+    """Behind which layer each device ends when none may be filled beyond a fraction of its room, and the next fraction
+    at which one would take a layer more. `sums` are the bytes of the layers before each."""
     ends: list[int] = []
-    end = 0
+    end, last, next_fraction = 0, len(rooms) - 1, inf
     for index, room in enumerate(rooms):
-        left = fraction * room - (head if index == 0 else 0) - (tail if index == len(rooms) - 1 else 0)
-        end = max(end, bisect_right(sums, sums[end] + left) - 1)
+        taken = (head if index == 0 else 0) + (tail if index == last else 0) - sums[end]
+        end = max(end, bisect_right(sums, fraction * room - taken) - 1)
         ends.append(end)
-    return ends
+        if end + 1 < len(sums) and room > 0:
+            next_fraction = min(next_fraction, (sums[end + 1] + taken) / room)
+    return ends, next_fraction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
