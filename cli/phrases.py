@@ -74,16 +74,13 @@ def setup(plan: EnginePlan) -> str:
 
 
 def shares(plan: EnginePlan) -> list[tuple[int, DeviceShare]]:
-    """Devices that hold the same are told once, with how many they are."""
-    found: list[tuple[int, DeviceShare]] = []
+    """Devices of which the same would be told are told once, with how many they are."""
+    found: dict[object, tuple[int, DeviceShare]] = {}
     for share in plan.devices:
-        for place, (count, other) in enumerate(found):
-            if (share.device, share.usable_bytes, share.memory) == (other.device, other.usable_bytes, other.memory):
-                found[place] = (count + 1, other)
-                break
-        else:
-            found.append((1, share))
-    return found
+        told = share.device, held(1, share), tuple(parts(share.memory))
+        count, first = found.get(told, (0, share))
+        found[told] = count + 1, first
+    return list(found.values())
 
 
 def held(count: int, share: DeviceShare) -> str:
