@@ -90,6 +90,8 @@ def _said(made: Bundle, out: str, texts: Mapping[str, str], dry_run: bool) -> st
     lines += [f"  {name}" for name in texts]
     lines += [f"Left out, {clean(reason)}" for reason in made.left_out]
     minutes = -(-made.startup_s // 60)
+    if made.launch.local:
+        lines += [f"The weights, {clean(made.launch.model)}, have to be there first: README.md says where."]
     lines += [
         f"Image {made.service.image}; the first answer may take {minutes} minutes: the health checks wait that long.",
         f"Start it in {clean(out)}: cp .env.example .env, fill it in, docker compose up -d (README.md has the rest).",

@@ -113,8 +113,21 @@ def _readme(launch: Launch, startup_s: int, sha256: str, for_cluster: bool) -> s
             "gateway before it."
         ]
     lines += ["* Monitoring: `prometheus.yaml` names the engine's metrics."]
-    if launch.local:
-        lines += [f"* Weights: `{launch.model}` has to be there first."]
+    if launch.folder is not None:
+        lines += [f"* Weights: `{launch.model}` has to be at the same place on the machine that serves."]
+    elif launch.local:
+        cluster = ", or on the volume of `kubernetes/volume.yaml`" if for_cluster else ""
+        lines += [
+            f"* Weights: `{launch.model}` first has to be in `models/` beside `compose.yaml` (`.env` may name another "
+            f"folder), for systemd in `/var/lib/qwenfit`{cluster}."
+        ]
+    if launch.plan.warnings:
+        lines += [
+            "",
+            "What the plan warns of:",
+            "",
+            *(f"* {' '.join(warning.split())}" for warning in launch.plan.warnings),
+        ]
     return "\n".join(lines) + "\n"
 
 

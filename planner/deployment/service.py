@@ -7,6 +7,7 @@ from typing import Any
 
 from ...profiles.errors import Unsupported
 from ...profiles.frozen import dataclass
+from ...profiles.names import join_or
 
 FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "services.yaml")
 
@@ -41,7 +42,7 @@ def service(engine: str, version: str, vendor: str) -> Service:
     """Unsupported, in a sentence, where no image is known."""
     known = services()["engines"]
     if engine not in known:
-        raise Unsupported(f"no container of {engine} is known: plan with --engine {', '.join(known)}")
+        raise Unsupported(f"no container of {engine} is known: plan with --engine {join_or([*known])}")
     row = known[engine]
     if vendor not in row["images"]:
         raise Unsupported(f"no {engine} image for {vendor} devices is known: there are {', '.join(row['images'])}")
