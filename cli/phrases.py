@@ -1,6 +1,7 @@
 """An answer in words: what every rendering for people says in the same way. It lays nothing out."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..planner.engines.engine import DeviceShare
@@ -77,10 +78,15 @@ def shares(plan: EnginePlan) -> list[tuple[int, DeviceShare]]:
     """Devices of which the same would be told are told once, with how many they are."""
     found: dict[object, tuple[int, DeviceShare]] = {}
     for share in plan.devices:
-        told = share.device, held(1, share), tuple(parts(share.memory))
+        told = _told(share)
         count, first = found.get(told, (0, share))
         found[told] = count + 1, first
     return list(found.values())
+
+
+@lru_cache(maxsize=256)
+def _told(share: DeviceShare) -> tuple[object, ...]:
+    return share.device, held(1, share), *parts(share.memory)
 
 
 def held(count: int, share: DeviceShare) -> str:

@@ -86,6 +86,7 @@ def main() -> None:
     assert started.stdout
     try:
         client = Client(started.stdout.readline().strip())
+        client.took_s("/")  # the page itself: the server has started once it is there
         print(f"{'question':64} {'what':7} {'asked':>6} {'median':>7} {'95 %':>6} {'slowest':>8}")
         for question in QUESTIONS:
             if asked.only in question:
