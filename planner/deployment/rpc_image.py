@@ -18,13 +18,14 @@ def image_name(service: Service) -> str:
 
 def dockerfile(launch: Launch, service: Service) -> str:
     told = services()["engines"]["llama.cpp"]["rpc"]
-    flags = "-DGGML_BACKEND_DL=ON -DGGML_RPC=ON -DGGML_CPU=OFF -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF"
+    flags = "-DGGML_BACKEND_DL=ON -DGGML_RPC=ON -DGGML_CPU=OFF -DGGML_NATIVE=OFF"
     return "\n".join(
         [
             f"FROM {told['base']} AS build",
             "RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates cmake g++ git make",
             f"RUN git clone --depth 1 --branch {launch.plan.engine_version} {told['repository']} /source",
             f"RUN cmake -S /source -B /build -DCMAKE_BUILD_TYPE=Release {flags} \\",
+            "      -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \\",
             "      -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH='$ORIGIN' \\",
             "    && cmake --build /build --target ggml-rpc ggml-rpc-server --parallel",
             "",
