@@ -24,7 +24,7 @@ from .page_desk import Desk
 from .page_guard import invalid
 from .page_question import AUTO, CONTEXTS, MAX_DEVICES, MAX_ROWS, Question, from_query, query, slider_step, tokens_text
 
-PATIENCE_S = 0.04  # of one look through the devices that would do; the page asks again until it is complete
+PATIENCE_S = 0.025  # of one look through the devices that would do; the page asks again until it is complete
 FIRST_PATIENCE_S = 0.4  # where the whole page is asked for
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "page_htmx.min.js": "text/javascript"}
 MEDIA = {"html": "text/html", "md": "text/markdown", "json": "application/json", "yaml": "application/yaml"}
