@@ -42,6 +42,14 @@ def test_the_line_on_top_tells_the_fullest_of_unlike_devices() -> None:
     assert len(shown.shares) == 2
 
 
+def test_devices_of_which_the_same_is_told_are_told_once() -> None:
+    """Two stages of eight A100 differ by some bytes that nobody sees: one bar for sixteen devices."""
+    found = plan(Request("397b", ("8xa100-80gb",), 262144, engine="vllm", weights="bf16", nodes=2))
+    assert len({share.memory for share in found.best.devices}) == 2
+    (shown,) = view(found).shares
+    assert shown.title.startswith("16 x A100 SXM4 80 GB (a100-80gb), each: ")
+
+
 def test_without_a_known_speed(made: Any) -> None:
     found = plan(Request(model="0.8b", devices=("rtx3060",), ctx_tokens=2048)).best
     vars(found)["speed"] = None

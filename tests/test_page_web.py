@@ -69,6 +69,12 @@ def test_boxes_on_the_page(page: Any) -> None:
     assert "<details>\n<summary>Several boxes" in page().get("/").text
 
 
+def test_a_plan_that_fits_says_what_its_json_is_for(page: Any) -> None:
+    client = page()
+    assert "qwen-plan deploy plan.json" in client.get(f"/?{ASKED}").text
+    assert "qwen-plan deploy" not in client.get("/?model=397b&gpu=rtx3060&n=1").text
+
+
 def test_where_the_slider_stands(page: Any) -> None:
     moved = page().get("/answer?ctx=256k").headers["hx-trigger"]
     assert moved == '{"moved": {"step": 63, "says": "256,000 tokens"}}'
