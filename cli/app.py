@@ -74,7 +74,8 @@ def run(arguments: Sequence[str], answer: Answer) -> int:
     except typer.Abort:
         return 130
     except usage_error as error:
-        say(f"qwen-plan: {clean(error.format_message()).rstrip('.')}; `qwen-plan --help` shows what there is")
+        path = error.ctx.command_path if getattr(error, "ctx", None) else "qwen-plan"
+        say(f"qwen-plan: {clean(error.format_message()).rstrip('.?')}; `{path} --help` shows what there is")
         return 2
     except SystemExit as exit:
         if isinstance(exit.__context__, BrokenPipeError):

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from ..profiles.errors import BadInput, Unsupported
+from ..profiles.errors import BadInput, Unsupported, install_hint
 
 if TYPE_CHECKING:
     from ..quant.evaluate import Evaluation
@@ -19,7 +19,7 @@ def check_chart(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise Unsupported("--plot needs matplotlib: pip install 'qwenfit[report]'") from error
+        raise Unsupported(f"--plot needs matplotlib: {install_hint('report')}") from error
 
 
 def draw_errors(found: "Evaluation", title: str, path: str) -> None:

@@ -12,7 +12,8 @@
         job_tokens: 78m                  # hours, kWh and USD of so many output tokens
     money: {kwh_price_usd: 0.25, device_price_usd: {rtx3060: 300}, years: 3}   # of a job; optional
 
-Also engine, weights, kv_dtype, state_dtype, mtp, vision, tp, pp, in the words of the command's options of those names.
+Also engine, weights, kv_dtype, state_dtype, mtp, vision, tp, pp, dp, ep, nodes and interconnect, in the words of the
+command's options of those names: `nodes: 2` are two boxes of `device`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,13 +22,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from ..planner.matrix import Cell, Requirements, cells_of, refuse_duplicates
+from ..planner.boxes import MAX_NODES
+from ..planner.matrix import FIXED, Cell, Requirements, cells_of, refuse_duplicates
 from ..planner.request import Prices, Request
+from ..planner.search import MAX_PARALLEL
 from ..planner.tokens import parse_tokens
 from ..profiles.box import devices_of
 from ..profiles.device_names import devices
 from ..profiles.errors import BadInput, QwenfitError
 from ..profiles.frozen import replace
+from ..profiles.interconnect import interconnect
 from ..profiles.model_catalog import model, models
 from ..profiles.yaml_file import Document, read_yaml
 from .money_file import MoneyKeys, device_prices
@@ -59,6 +63,8 @@ Names = Annotated[
 ]
 Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=10_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Parallel = Annotated[int, Field(ge=1, le=MAX_PARALLEL)]
+Nodes = Annotated[int, Field(ge=1, le=MAX_NODES)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -81,8 +87,12 @@ class Row(BaseModel):
     state_dtype: Word | None = None
     mtp: Annotated[int, Field(ge=0, le=16)] | None = None
     vision: bool | None = None
-    tp: Count | None = None
-    pp: Count | None = None
+    tp: Parallel | None = None
+    pp: Parallel | None = None
+    dp: Parallel | None = None
+    ep: Parallel | None = None
+    nodes: Nodes | None = None
+    interconnect: Word | None = None
 
 
 class Matrix(BaseModel):
@@ -91,9 +101,6 @@ class Matrix(BaseModel):
     defaults: Row = Row()
     rows: Annotated[list[Row], Field(min_length=1, max_length=5000)]
     money: MoneyKeys = MoneyKeys()
-
-
-FIXED = ("engine", "weights", "kv_dtype", "state_dtype", "mtp", "vision", "tp", "pp")
 
 
 def read_matrix(path: str) -> tuple[str, list[Cell]]:
@@ -115,6 +122,9 @@ def _cells(document: Document, defaults: Row, row: Row, place: int) -> Iterator[
     at = ("rows", place)
     if "device" not in said:
         raise document.error(at, "device is missing: name one, several in brackets, or all")
+    if "interconnect" in said:
+        key = (*at, "interconnect") if row.interconnect else ("defaults", "interconnect")
+        known_link(document, key, said["interconnect"], said.get("nodes", 1))
     base = Request(
         **{name: said[name] for name in FIXED if name in said}, prices=Prices(job_tokens=said.get("job_tokens"))
     )
@@ -142,9 +152,19 @@ def _priced(cell: Cell, money: MoneyKeys, prices: dict[str, float]) -> Cell:
     if request.prices.job_tokens is None:
         return cell
     names = [device.name for spec in request.devices for device in devices_of(spec)]
-    cost = sum(prices[name] for name in names) if all(name in prices for name in names) else None
+    cost = request.nodes * sum(prices[name] for name in names) if all(name in prices for name in names) else None
     priced = replace(request.prices, usd_per_kwh=money.kwh_price_usd, device_usd=cost, years=money.years)
     return replace(cell, request=replace(request, prices=priced))
+
+
+def known_link(document: Document, at: tuple[str | int, ...], name: str, nodes: int) -> None:
+    """Refuses an interconnect that does not exist, and one beside a single box."""
+    try:
+        interconnect(name)
+    except QwenfitError as error:
+        raise document.error(at, str(error)) from None
+    if nodes == 1:
+        raise document.error(at, "an interconnect lies between boxes: give nodes too")
 
 
 def _named(

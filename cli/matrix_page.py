@@ -8,6 +8,7 @@ from ..planner.money import Tariff
 from .github import annotation, append
 from .markdown import escaped, grid
 from .output import Screen, clean, columns, wrapped
+from .phrases import boxes
 
 MAX_ANNOTATIONS = 9  # of one kind; GitHub shows about ten per step
 MAX_JOBS = 256  # of one GitHub job matrix
@@ -119,7 +120,7 @@ def _job(verdict: Verdict) -> dict[str, object]:
     told = verdict.to_json()
     return {
         name: told[name]
-        for name in ("device", "model", "ctx_tokens", "seqs", "engine", "weights", "kv_dtype", "command")
+        for name in ("device", "nodes", "model", "ctx_tokens", "seqs", "engine", "weights", "kv_dtype", "command")
     }
 
 
@@ -151,7 +152,7 @@ def _digits(amount: Interval | None) -> int:
 def _row(one: Verdict, with_job: bool) -> tuple[str, ...]:
     request = one.cell.request
     return (
-        ",".join(request.devices),
+        boxes(request.nodes, ",".join(request.devices)),
         request.model,
         f"{request.ctx_tokens:,}",
         f"{request.seqs:,}",
@@ -183,7 +184,8 @@ def _interval(interval: Interval | None, scale: float, digits: int) -> str:
 def _asked(one: Verdict) -> str:
     request = one.cell.request
     seqs = f" x {request.seqs:,}" if request.seqs > 1 else ""
-    return f"{request.model} on {','.join(request.devices)}, {request.ctx_tokens:,} tokens{seqs}"
+    where = boxes(request.nodes, ",".join(request.devices))
+    return f"{request.model} on {where}, {request.ctx_tokens:,} tokens{seqs}"
 
 
 def _count(verdicts: Sequence[Verdict]) -> str:

@@ -55,7 +55,7 @@ class View(NamedTuple):
     shares: tuple[Share, ...]
     host: str | None
     limits: str
-    command: str
+    commands: tuple[str, ...]  # of every box, the one that serves first
     lists: tuple[tuple[str, list[str]], ...]
     runners_up: list[tuple[str, ...]]
     refusals: list[str]
@@ -81,7 +81,7 @@ def view(plan: Plan) -> View:
         shares=tuple(_share(count, share) for count, share in phrases.shares(best)),
         host=phrases.host(best),
         limits=phrases.limits(best),
-        command=best.command,
+        commands=phrases.launches(best),
         lists=tuple((title, entries) for title, entries in lists if entries),
         runners_up=[phrases.runner_up(other) for other in plan.plans[1:] if other.fits],
         refusals=[f"{who}: {why}" for who, why in phrases.refusals(plan)],
@@ -152,12 +152,12 @@ def offer_rows(offers: Offers) -> list[tuple[str, ...]]:
 
 
 def _offer_row(one: Offer) -> tuple[str, ...]:
-    engine, weights, kv_dtype, speed, _, longest, _ = phrases.runner_up(one.plan)
+    engine, weights, kv_dtype, speed, *_ = phrases.runner_up(one.plan)
     name = one.price.device.title
     return (
         f"{one.count} x {name}" if one.count > 1 else name,
         f"${one.usd:,}",
-        *(speed, longest, engine, weights, kv_dtype),
+        *(speed, f"{one.limits.max_ctx_tokens:,}", engine, weights, kv_dtype),
     )
 
 

@@ -34,6 +34,7 @@ class Names(BaseModel):
     weights: list[Name]
     kv_dtypes: list[Name]
     state_dtypes: list[Name]
+    interconnects: list[Name]
 
 
 PATIENCE_S = 5.0
@@ -75,7 +76,7 @@ def api(desk: Desk) -> APIRouter:
 
     @router.get("/names")
     async def list_names() -> Names:
-        """Engines, weight formats, types of the cache and of the recurrent state."""
+        """Engines, weight formats, types of the cache and of the recurrent state, links between boxes."""
         return Names(**{kind: _named(kind) for kind in Names.model_fields})
 
     return router

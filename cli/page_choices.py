@@ -38,6 +38,7 @@ class Choices(NamedTuple):
     engines: list[Choice]
     weights: list[Choice]
     kv_dtypes: list[Choice]
+    interconnects: list[Choice]
 
 
 @lru_cache
@@ -53,6 +54,7 @@ def choices(allow_auto: bool) -> Choices:
         engines=[Choice(name, name) for name, _ in completion.engines()],
         weights=[Choice(name, f"{name}: {title}") for name, title in completion.weights()],
         kv_dtypes=[Choice(name, name) for name, _ in completion.kv_dtypes() if name != "auto"],
+        interconnects=[Choice(name, f"{name}: {title}") for name, title in completion.interconnects()],
     )
 
 

@@ -10,8 +10,9 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..planner.boxes import MAX_NODES
 from ..planner.request import Options, Prices, Request
-from ..planner.search import MAX_ASKED_CTX_TOKENS, MAX_ASKED_SEQS
+from ..planner.search import MAX_ASKED_CTX_TOKENS, MAX_ASKED_SEQS, MAX_PARALLEL
 from ..planner.tokens import parse_tokens
 from ..profiles.device_names import device, is_path
 from ..profiles.errors import BadInput, UnknownName
@@ -32,7 +33,7 @@ Word = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[ -~]+$")]
 Flag = bool | None
 Dollars = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_ASKED_CTX_TOKENS)]
-Ranks = Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_PARALLEL)]
 
 
 class _Strict(BaseModel):
@@ -87,9 +88,9 @@ class Question(_Strict):
     vision: Flag = None
     tp: Ranks | None = None
     pp: Ranks | None = None
-    nodes: Annotated[int, Field(ge=1, le=64)] = 1
-    dp: Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)] | None = None
-    ep: Annotated[int, Field(ge=1, le=MAX_DEVICES * 64)] | None = None
+    nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
+    dp: Ranks | None = None
+    ep: Ranks | None = None
     interconnect: Word | None = None
     options: OptionsKeys = OptionsKeys()
     prices: PricesKeys = PricesKeys()
@@ -140,15 +141,26 @@ def from_query(pairs: Sequence[tuple[str, str]]) -> Question:
         keys["devices"] = rows
     if "ctx" in given:
         keys["ctx_tokens"] = _tokens(given["ctx"])
-    for key, what in (("seqs", "sequences"), ("mtp", "draft tokens")):
+    for key, what in NUMBERS.items():
         if key in given:
             keys[key] = _number(what, given[key])
+    if keys.get("nodes", 1) == 1:
+        keys.pop("interconnect", None)  # left in the form by somebody who went back to one box
     if "vision" in given:
         keys["vision"] = True
     return Question.model_validate(keys)
 
 
-WORDS = {"model": "model", "engine": "engine", "weights": "weights", "kv": "kv_dtype"}
+WORDS = {"model": "model", "engine": "engine", "weights": "weights", "kv": "kv_dtype", "interconnect": "interconnect"}
+NUMBERS = {
+    "seqs": "sequences",
+    "mtp": "draft tokens",
+    "nodes": "boxes",
+    "tp": "tensor-parallel ranks",
+    "pp": "pipeline stages",
+    "dp": "replicas",
+    "ep": "ranks that experts are dealt out to",
+}
 
 
 def query(question: Question) -> str:
@@ -167,8 +179,9 @@ def _pairs(question: Question) -> Iterator[tuple[str, str]]:
     for key, name in WORDS.items():
         if key != "model" and values[name]:
             yield key, str(values[name])
-    if question.mtp:
-        yield "mtp", str(question.mtp)
+    for key in NUMBERS:
+        if key != "seqs" and values[key] != Question.model_fields[key].default:
+            yield key, str(values[key])
     if question.vision:
         yield "vision", "on"
 

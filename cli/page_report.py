@@ -16,6 +16,11 @@ from ..planner.request import Request
 from ..profiles.errors import BadInput, Unsupported
 from .phrases import counted
 
+PLAIN = Request()
+FIXED = (  # of the question, under the names that the file has for them
+    *("engine", "weights", "kv_dtype", "state_dtype", "mtp"),
+    *("tp", "pp", "dp", "ep", "nodes", "interconnect"),
+)
 MAX_USERS = 64
 THINK_S = 30
 LIMIT_S = 120.0
@@ -35,13 +40,11 @@ def workload(request: Request) -> str:
     longest = request.ctx_tokens * 3 // 4
     median = max(1, min(longest // 12, 4096))
     names = list(dict.fromkeys(request.devices))
+    asked = {name: getattr(request, name) for name in FIXED if getattr(request, name) != getattr(PLAIN, name)}
     keys = {
         "title": f"{request.model} for {counted(request.seqs, 'user')}",
         "model": request.model,
-        "engine": request.engine,
-        "weights": request.weights,
-        "kv_dtype": request.kv_dtype,
-        "state_dtype": request.state_dtype,
+        **asked,
         "ctx_tokens": request.ctx_tokens,
         "deployment": {
             "devices": ",".join(f"{request.devices.count(name)}x{name}" for name in names),
@@ -55,7 +58,7 @@ def workload(request: Request) -> str:
         },
         "money": {"device_price_usd": {one.device.name: one.usd for one in price_list() if one.device.name in names}},
     }
-    return safe_dump({name: value for name, value in keys.items() if value is not None}, sort_keys=False)
+    return safe_dump(keys, sort_keys=False)
 
 
 async def report(request: Request, kind: str) -> str:

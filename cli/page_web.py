@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from json import dumps
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from ..planner.boxes import MAX_NODES
+from ..planner.search import MAX_ASKED_SEQS, MAX_PARALLEL
 from ..profiles.errors import BadInput, QwenfitError
 from . import page_report, phrases
 from .markdown import markdown
@@ -21,7 +24,7 @@ from .page_desk import Desk
 from .page_guard import invalid
 from .page_question import AUTO, CONTEXTS, MAX_DEVICES, MAX_ROWS, Question, from_query, query, slider_step, tokens_text
 
-PATIENCE_S = 0.04  # of one look through the devices that would do; the page asks again until it is complete
+PATIENCE_S = 0.025  # of one look through the devices that would do; the page asks again until it is complete
 FIRST_PATIENCE_S = 0.4  # where the whole page is asked for
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "page_htmx.min.js": "text/javascript"}
 MEDIA = {"html": "text/html", "md": "text/markdown", "json": "application/json", "yaml": "application/yaml"}
@@ -30,6 +33,9 @@ Pairs = Sequence[tuple[str, str]]
 
 def web(desk: Desk) -> APIRouter:
     router = APIRouter(include_in_schema=False)
+    for file in _folder().iterdir():
+        if file.name.startswith("page") and file.name.endswith(".j2"):  # compiled before anybody asks
+            _templates().get_template(file.name)
 
     @router.get("/")
     async def page(http: Request) -> Response:
@@ -106,12 +112,16 @@ def _whole(desk: Desk, question: Question, told: dict[str, Any], status: int) ->
         "choices": choices(desk.allow_auto),
         "model_name": listed_model(question.model),
         "rows": [listed_row(row, desk.allow_auto) for row in question.devices],
+        "spread": question.nodes > 1 or any((question.tp, question.pp, question.dp, question.ep)),
         "ctx_text": tokens_text(question.ctx_tokens),
         "moved": _moved(question)["moved"],
         "contexts": [tokens_text(tokens) for tokens in CONTEXTS],
         "last_step": len(CONTEXTS) - 1,
         "max_rows": MAX_ROWS,
         "max_devices": MAX_DEVICES,
+        "max_seqs": MAX_ASKED_SEQS,
+        "max_nodes": MAX_NODES,
+        "max_parallel": MAX_PARALLEL,
     }
     return HTMLResponse(_render("page.html.j2", {"problem": None, **form, **told}), status)
 
@@ -167,4 +177,8 @@ def _templates() -> Environment:
 
 @lru_cache
 def _text(name: str) -> str:
-    return files(__package__ or "qwenfit.cli").joinpath(name).read_text(encoding="utf-8")
+    return _folder().joinpath(name).read_text(encoding="utf-8")
+
+
+def _folder() -> Traversable:
+    return files(__package__ or "qwenfit.cli")

@@ -1,6 +1,7 @@
 """An answer in words: what every rendering for people says in the same way. It lays nothing out."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..planner.engines.engine import DeviceShare
@@ -41,9 +42,13 @@ def question(plan: Plan) -> str:
     devices = ", ".join(
         f"{names.count(name)}x{name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
     )
-    if request.nodes > 1:
-        devices = f"{request.nodes} boxes of {devices}"
-    return f"{plan.model.name} on {devices}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
+    where = boxes(request.nodes, devices)
+    return f"{plan.model.name} on {where}, {request.ctx_tokens:,} tokens x {counted(request.seqs, 'sequence')}"
+
+
+def boxes(nodes: int, devices: str) -> str:
+    """`2 boxes of 8xa100-80gb`; of one box, what is in it."""
+    return f"{nodes} boxes of {devices}" if nodes > 1 else devices
 
 
 def setup(plan: EnginePlan) -> str:
@@ -70,16 +75,18 @@ def setup(plan: EnginePlan) -> str:
 
 
 def shares(plan: EnginePlan) -> list[tuple[int, DeviceShare]]:
-    """Devices that hold the same are told once, with how many they are."""
-    found: list[tuple[int, DeviceShare]] = []
+    """Devices of which the same would be told are told once, with how many they are."""
+    found: dict[object, tuple[int, DeviceShare]] = {}
     for share in plan.devices:
-        for place, (count, other) in enumerate(found):
-            if (share.device, share.usable_bytes, share.memory) == (other.device, other.usable_bytes, other.memory):
-                found[place] = (count + 1, other)
-                break
-        else:
-            found.append((1, share))
-    return found
+        told = _told(share)
+        count, first = found.get(told, (0, share))
+        found[told] = count + 1, first
+    return list(found.values())
+
+
+@lru_cache(maxsize=256)
+def _told(share: DeviceShare) -> tuple[object, ...]:
+    return share.device, held(1, share), *parts(share.memory)
 
 
 def held(count: int, share: DeviceShare) -> str:

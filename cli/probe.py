@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..profiles.device import Device
-from ..profiles.errors import BadInput
+from ..profiles.errors import BadInput, install_hint
 from ..profiles.machine import Machine
 from ..profiles.machine_profile import Ceilings, profile_yaml, with_ceilings
 from ..profiles.probe import probe
 from ..profiles.this_machine import Here, devices_here
 from .output import say, screen, write
 from .probe_page import document, page
-
-INSTALL = "pip install 'qwenfit[quant]' brings it (pip install '.[quant]' in a checkout)"
 
 
 def probe_machine(measure: bool, output: str | None, overwrite: bool, form: str) -> int:
@@ -47,7 +45,7 @@ def _measured(machine: Machine, here: Sequence[Here]) -> tuple[Ceilings | None, 
     try:
         from ..kernels.proof.machine_speed import cuda_uuids, measure_cpu, measure_cuda
     except ImportError as error:
-        raise BadInput(f"--measure needs torch, and it cannot be imported ({error}): {INSTALL}") from None
+        raise BadInput(f"--measure needs torch, and it cannot be imported ({error}): {install_hint('quant')}") from None
     say("qwen-plan: measuring for some seconds; other work slows it down")
     if here[0].gpu is None:
         return tuple(measure_cpu(machine.cpu.threads, one.device.usable_bytes) for one in here)

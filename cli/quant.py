@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..profiles.errors import BadInput, QwenfitError
+from ..profiles.errors import BadInput, QwenfitError, install_hint
 from .error_chart import check_chart, draw_errors
 from .options import parse_bytes
 from .output import clean, quietly_closed, say, write
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if error.name not in ("torch", "safetensors", "numpy"):
             raise
-        return _failed(f"this needs {error.name}: pip install 'qwenfit[quant]'")
+        return _failed(f"this needs {error.name}: {install_hint('quant')}")
     except ValueError as error:
         return _failed(str(error))
     except (MemoryError, RuntimeError) as error:

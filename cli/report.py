@@ -10,13 +10,13 @@ from json import dumps
 
 from ..planner.report import Report, report
 from ..planner.whatif import memory, throughput, what_ifs
-from ..profiles.errors import BadInput
+from ..profiles.errors import BadInput, install_hint
 from .output import quietly_closed, say, screen, write
 from .report_page import Extras, Page, page
 from .report_text import document, markdown, plain_text
 
 ENDINGS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
-NEEDS = "the HTML report needs jinja2 and matplotlib: pip install 'qwenfit[report]' (Markdown and JSON need neither)"
+NEEDS = f"the HTML report needs jinja2 and matplotlib: {install_hint('report')} (Markdown and JSON need neither)"
 
 
 def capacity_report(path: str, outputs: Sequence[str], form: str) -> int:

@@ -7,11 +7,10 @@ from contextlib import closing
 from importlib.util import find_spec
 from json import dumps
 
-from ..profiles.errors import BadInput
+from ..profiles.errors import BadInput, install_hint
 from .output import say, write
 
 NEEDS = ("fastapi", "uvicorn", "jinja2", "limits")
-MISSING = "the page needs {names}: pip install 'qwenfit[serve]'"
 EVERYWHERE = ("", "0.0.0.0", "::")
 BACKLOG = 128
 KEEP_ALIVE_S = 30
@@ -23,7 +22,7 @@ def serve(host: str, port: int, allow_auto: bool, allow_hosts: Sequence[str], js
     """Serves until it is told to stop. The address goes to stdout once the port is open."""
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise BadInput(MISSING.format(names=" and ".join(missing)))
+        raise BadInput(f"the page needs {', '.join(missing)}: {install_hint('serve')}")
     if host in EVERYWHERE and not allow_hosts:
         raise BadInput(
             f"--host {host or '0.0.0.0'} answers on every address of this machine: --allow-host says under which name "

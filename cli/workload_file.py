@@ -12,15 +12,13 @@ from ..planner.tokens import parse_tokens
 from ..planner.workload import Images, Lengths, Part, Prefix, Targets, Workload, check, lognormal
 from ..profiles.box import devices_of
 from ..profiles.errors import BadInput, QwenfitError
-from ..profiles.interconnect import interconnect
 from ..profiles.model_catalog import model
 from ..profiles.yaml_file import Document, read_yaml
-from .matrix_file import Names, Word, listed, read_with
+from .matrix_file import Names, Nodes, Parallel, Word, known_link, listed, read_with
 from .money_file import Dollars, MoneyKeys, device_prices
 from .options import parse_image
 
 Tokens = Annotated[int, read_with(parse_tokens), Field(ge=1, le=1_010_000)]
-Parallel = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
@@ -98,7 +96,7 @@ class ReportKeys(_Strict):
     pp: Parallel | None = None
     dp: Parallel | None = None
     ep: Parallel | None = None
-    nodes: Annotated[int, Field(ge=1, le=128)] = 1  # boxes like `devices` that make one replica
+    nodes: Nodes = 1  # boxes like `devices` that make one replica
     interconnect: Word | None = None
     deployment: Annotated[list[SiteKeys], BeforeValidator(listed), Field(min_length=1, max_length=20)]
     candidates: Names | None = None
@@ -120,10 +118,7 @@ def read_workload(path: str) -> Question:
         raise document.error(("candidates",), "a candidate is named twice: keep one of them")
     _known(document, ("model",), lambda: model(keys.model))
     if keys.interconnect:
-        link = keys.interconnect
-        _known(document, ("interconnect",), lambda: interconnect(link))
-        if keys.nodes == 1:
-            raise document.error(("interconnect",), "an interconnect lies between boxes: give nodes too")
+        known_link(document, ("interconnect",), keys.interconnect, keys.nodes)
     longest = load.max_request_tokens
     if keys.ctx_tokens is not None and keys.ctx_tokens < longest:
         raise document.error(

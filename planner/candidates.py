@@ -106,7 +106,7 @@ def candidates(
 
     Raises UnknownName for a weight format that does not exist.
     """
-    refusal = _refusal(module.ENGINE, model, mtp, vision, tp)
+    refusal = _refusal(module.ENGINE, model, mtp, vision, tp, pp)
     if spread is not None:
         from .placement import refusal as spread_refusal
 
@@ -172,13 +172,17 @@ def _spread_setups(
     return setups, refusal
 
 
-def _refusal(engine: Engine, model: Model, mtp: int, vision: bool, tp: int | None) -> str | None:
+def _refusal(engine: Engine, model: Model, mtp: int, vision: bool, tp: int | None, pp: int | None) -> str | None:
     if vision and model.vision is None:
         return f"{model.name} has no vision tower: leave out --vision"
     if mtp and not model.mtp_num_hidden_layers:
         return f"{model.name} has no multi-token prediction layer: leave out --mtp"
     if engine.parallelism != "tensor" and tp not in (None, 1):
         return f"{engine.name} has no tensor parallelism: leave out --tp"
+    if engine.parallelism == "tensor" and (pp or 1) > model.num_layers:
+        return (
+            f"{model.name} has {model.num_layers} layers, and {pp} pipeline stages need one each: give a smaller --pp"
+        )
     return None
 
 
@@ -208,5 +212,7 @@ def _placements(
         yield tp, pp or max(1, devices // tp)
     else:
         for ranks in range(devices, 0, -1):
-            if devices % ranks == 0 and model.num_attention_heads % ranks == 0:
+            if devices % ranks or model.num_attention_heads % ranks:
+                continue
+            if devices // ranks <= model.num_layers:
                 yield ranks, devices // ranks

@@ -14,6 +14,11 @@ from .request import Request
 
 MAX_CELLS = 20_000
 GIB = 1 << 30
+FIXED = (  # fields of the request that a row may fix
+    *("engine", "weights", "kv_dtype", "state_dtype", "mtp", "vision"),
+    *("tp", "pp", "dp", "ep", "nodes", "interconnect"),
+)
+PLAIN = Request()
 Interval = tuple[float, float, float]  # low, mid, high
 
 
@@ -40,8 +45,8 @@ class Cell:
         request = self.request
         fixed = [
             f"{name}={getattr(request, name)}"
-            for name in ("engine", "weights", "kv_dtype", "state_dtype", "mtp", "vision", "tp", "pp")
-            if getattr(request, name) not in (None, 0, False)
+            for name in FIXED
+            if getattr(request, name) not in (None, False, getattr(PLAIN, name))
         ]
         asked = f"{','.join(request.devices)} {request.model} {request.ctx_tokens}x{request.seqs}"
         return " ".join((asked, *fixed))
@@ -77,6 +82,7 @@ class Verdict:
             "key": self.cell.key,
             "line": self.cell.line,
             "device": ",".join(request.devices),
+            "nodes": request.nodes,
             "model": request.model,
             "ctx_tokens": request.ctx_tokens,
             "seqs": request.seqs,

@@ -17,9 +17,9 @@ from ..profiles.frozen import dataclass
 from ..profiles.model_catalog import model
 from ..profiles.speed_data import prices
 from .candidates import ENGINE_MODULES, engine_module
-from .plan import EnginePlan
+from .plan import EnginePlan, Limits
 from .request import Request
-from .search import FOUR_BIT_DIVERGENCE, search, variant
+from .search import FOUR_BIT_DIVERGENCE, rank, search, variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Offer:
     price: Price
     count: int
     plan: EnginePlan
+    limits: Limits  # of the plan: worked out with it, for they take as long
 
     @property
     def usd(self) -> int:
@@ -66,19 +67,27 @@ def offers(request: Request, device_count: int, wanted: int, patience_s: float |
     """The `wanted` cheapest that would do for the request with its devices replaced; fewer where fewer do.
 
     Everything else that the request fixes stays fixed; parallel sizes are chosen anew. After `patience_s` it returns
-    what it has so far; what was tried is remembered, so that asking again goes on from there.
+    what it has so far; what was tried is remembered, engine by engine, so that asking again goes on from there.
     """
     asked = variant(request, devices=(), tp=None, pp=None, nodes=1, dp=None, ep=None, interconnect=None)
+    at_any = variant(asked, ctx_tokens=1)
     until = None if patience_s is None else monotonic() + patience_s
     found: list[Offer] = []
     for count, price in _by_price(device_count):
         if len(found) == wanted:
             break
-        if until is not None and monotonic() > until:
-            return Offers(tuple(found), False)
-        best = _plan_on(asked, price.device.name, count)
-        if best is not None:
-            found.append(Offer(price, count, best))
+        plans: list[EnginePlan] = []
+        for engine in _engines(asked):
+            if until is not None and monotonic() > until:
+                return Offers(tuple(found), False)
+            best = _plan_on(asked, _failing(at_any, engine, price.device.name, count), engine, price.device.name, count)
+            if best is not None:
+                plans.append(best)
+        if plans:
+            best = min(plans, key=rank)
+            if until is not None and monotonic() > until:
+                return Offers(tuple(found), False)
+            found.append(Offer(price, count, best, best.limits))
     return Offers(tuple(found), True)
 
 
@@ -90,53 +99,44 @@ def _by_price(device_count: int) -> Iterator[tuple[int, Price]]:
     yield from sorted(pairs, key=lambda pair: pair[0] * pair[1].usd)
 
 
-def _plan_on(request: Request, name: str, count: int) -> EnginePlan | None:
-    """The best plan on so many of that device; None where none would do. What does not do does not do at any longer
-    context either: a slider that moves up asks about fewer and fewer devices."""
-    failing = _failing(variant(request, ctx_tokens=1), name, count)
+def _engines(request: Request) -> tuple[str, ...]:
+    if request.engine is not None:
+        return (request.engine,)
+    return tuple(name for name in ENGINE_MODULES if engine_module(name).ENGINE.released)
+
+
+def _plan_on(request: Request, failing: list[int], engine: str, name: str, count: int) -> EnginePlan | None:
+    """The engine's best plan on so many of that device; None where it would not do. What does not do does not do at any
+    longer context either: a slider that moves up asks about fewer and fewer devices."""
     if failing and request.ctx_tokens >= failing[0]:
         return None
-    found = _search_on(request, name, count)
+    found = _search_on(request, engine, name, count)
     if found is None:
         failing[:] = [request.ctx_tokens]
     return found
 
 
-@lru_cache(maxsize=4096)
-def _failing(_request: Request, _name: str, _count: int) -> list[int]:
+@lru_cache(maxsize=16384)
+def _failing(_request: Request, _engine: str, _name: str, _count: int) -> list[int]:
     """The shortest context that was seen to fail, once there is one; the request's own does not matter."""
     return []
 
 
-@lru_cache(maxsize=1024)
-def _search_on(request: Request, name: str, count: int) -> EnginePlan | None:
-    asked = variant(request, devices=(name,) * count)
-    if not request.weights and not any(_fits(one) for one in _smallest(asked, name)):
-        return None
+@lru_cache(maxsize=4096)
+def _search_on(request: Request, engine: str, name: str, count: int) -> EnginePlan | None:
+    """Before the search through forty formats, which takes a hundred times as long where all fail: the smallest weights
+    of four-bit quality. Where these do not fit, none do."""
+    asked = variant(request, devices=(name,) * count, engine=engine)
     try:
+        if not request.weights:
+            weights = _smallest_weights(request.model, engine.partition("@")[0], name)
+            if weights is None or not search(variant(asked, weights=weights)).fits:
+                return None
         best = search(asked).best
-    except QwenfitError:  # no engine takes this there
+    except QwenfitError:  # the engine does not take this there
         return None
     good = bool(request.weights) or best.divergence <= FOUR_BIT_DIVERGENCE
     return best if best.fits and not best.tight and good else None
-
-
-def _fits(request: Request) -> bool:
-    try:
-        return search(request).fits
-    except QwenfitError:
-        return False
-
-
-def _smallest(request: Request, name: str) -> Iterator[Request]:
-    """The question to each engine, with the smallest weights of four-bit quality: where these do not fit, none do.
-
-    A search through forty formats that all fail takes a hundred times as long."""
-    engines = ENGINE_MODULES if request.engine is None else (request.engine,)
-    for engine in engines:
-        weights = _smallest_weights(request.model, engine.partition("@")[0], name)
-        if weights:
-            yield variant(request, engine=engine, weights=weights)
 
 
 @lru_cache(maxsize=4096)

@@ -91,7 +91,7 @@ def _sizes(model: Model, box: int, nodes: int, dp: int, tp: int | None, pp: int 
         yield tp, pp or max(1, ranks // tp)
         return
     for width in range(min(ranks, box * nodes), 0, -1):
-        if ranks % width == 0 and model.num_attention_heads % width == 0:
+        if ranks % width == 0 and model.num_attention_heads % width == 0 and ranks // width <= model.num_layers:
             yield width, ranks // width
 
 

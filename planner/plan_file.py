@@ -16,7 +16,9 @@ from ..profiles.errors import BadInput, QwenfitError
 from ..profiles.frozen import dataclass, fields, replace
 from ..profiles.json_file import read_json_object, short
 from ..profiles.names import join_or, quote
+from .boxes import MAX_NODES
 from .calibration import Calibration
+from .candidates import engine_module
 from .documents import digest
 from .plan import EnginePlan
 from .receipt_file import CheckedOptions, device_of
@@ -48,7 +50,7 @@ class _Request(_Open):
     devices: Annotated[list[Name], Field(min_length=1, max_length=1024)]
     ctx_tokens: Annotated[int, Field(ge=1, le=10_000_000)]
     seqs: Annotated[int, Field(ge=1, le=1_000_000)]
-    nodes: Annotated[int, Field(ge=1, le=128)] = 1  # boxes that `devices` are dealt out to
+    nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1  # boxes that `devices` are dealt out to
     interconnect: Name | None = None
     options: _AskedOptions
 
@@ -125,10 +127,9 @@ def _checked(model: Any, raw: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BadInput(
-            f"{where} is no plan that `qwen-plan --json` wrote: {field} is {short(first.get('input'))}: "
-            f"{first['msg'].lower()}; {AGAIN}"
-        ) from None
+        missing = first["type"] == "missing"
+        what = "missing" if missing else f"{short(first.get('input'))}: {first['msg'].lower()}"
+        raise BadInput(f"{where} is no plan that `qwen-plan --json` wrote: {field} is {what}; {AGAIN}") from None
 
 
 def _chosen(entries: list[_Entry], engine: str | None, where: str) -> _Entry:
@@ -137,6 +138,7 @@ def _chosen(entries: list[_Entry], engine: str | None, where: str) -> _Entry:
     name = engine.partition("@")[0].strip().lower()
     found = [entry for entry in entries if entry.engine == name]
     if not found:
+        engine_module(name)  # which says so where there is no such engine
         has = join_or([entry.engine for entry in entries])
         raise BadInput(
             f"{where} has no plan for {quote(engine)}, but for {has}: give --engine {entries[0].engine}, or plan with "

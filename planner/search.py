@@ -41,6 +41,7 @@ SPEED_STEP = 0.2  # of the logarithm of tokens per second
 
 MAX_ASKED_CTX_TOKENS = 10_000_000
 MAX_ASKED_SEQS = 1_000_000
+MAX_PARALLEL = 1024
 
 
 def search(request: Request, advisor: Advisor | None = None, devices: tuple[Device, ...] = ()) -> Plan:
@@ -87,9 +88,9 @@ def _check(request: Request) -> None:
         raise BadInput(f"{request.mtp} draft tokens: give 0 to 16")
     if request.state_dtype is not None and request.state_dtype not in STATE_DIVERGENCE:
         raise UnknownName(f"no state type {quote(request.state_dtype)}: give float32 or bfloat16")
-    for name, value in (("tp", request.tp), ("pp", request.pp)):
-        if value is not None and not 1 <= value <= 1024:
-            raise BadInput(f"{name} of {value}: give 1 to 1024")
+    for name, value in (("tp", request.tp), ("pp", request.pp), ("dp", request.dp), ("ep", request.ep)):
+        if value is not None and not 1 <= value <= MAX_PARALLEL:
+            raise BadInput(f"{name} of {value}: give 1 to {MAX_PARALLEL:,}")
 
 
 def _check_ranks(request: Request, devices: int) -> None:

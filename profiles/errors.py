@@ -23,3 +23,8 @@ class BadInput(QwenfitError, ValueError):
 
 class Unsupported(QwenfitError, ValueError):
     """A valid request for something that no engine, format or device offers."""
+
+
+def install_hint(extra: str) -> str:
+    """How what an extra brings is installed, as the end of a sentence: from an index, or from a clone."""
+    return f"pip install 'qwenfit[{extra}]', or in a clone pip install '.[{extra}]'"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..profiles.errors import BadInput, Unsupported
+from ..profiles.errors import BadInput, Unsupported, install_hint
 from ..profiles.json_file import short
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def read_tokenizer(folder: str) -> "Tokenizer":
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise Unsupported("calibration needs the package tokenizers: pip install 'qwenfit[quant]'") from error
+        raise Unsupported(f"calibration needs the package tokenizers: {install_hint('quant')}") from error
     try:
         size = os.stat(path).st_size if os.path.isfile(path) else None
         if size is None:

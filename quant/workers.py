@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from ..profiles.errors import BadInput, Unsupported
+from ..profiles.errors import BadInput, Unsupported, install_hint
 
 MOST_WAITING = 2
 """Jobs per worker that are under way or done and not taken: more would only fill the cluster's memory."""
@@ -84,7 +84,7 @@ def workers_at(address: str | None) -> Iterator[Here | RayCluster]:
     try:
         ray: Any = import_module("ray")
     except ImportError as error:
-        raise Unsupported("--workers needs Ray: pip install 'qwenfit[ray]'") from error
+        raise Unsupported(f"--workers needs Ray: {install_hint('ray')}") from error
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False, namespace="qwenfit")
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwenfit.cli.deploy import write_folder
+from qwenfit.cli.bundle_folder import write_folder
 from qwenfit.planner import Request, plan
 from qwenfit.profiles.errors import BadInput
 
@@ -60,6 +60,10 @@ def test_a_dry_run_writes_nothing(qwen_plan: Command, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     done = qwen_plan("deploy", plan_file(tmp_path), str(out), "--dry-run")
     assert done.status == 0 and "Would write" in done.stdout and not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refused = qwen_plan("deploy", plan_file(tmp_path), str(out), "--dry-run")
+    assert refused.status == 2 and "is not empty" in refused.stderr
 
 
 def test_a_plan_that_does_not_fit_is_refused(qwen_plan: Command, tmp_path: Path) -> None:
@@ -132,6 +136,8 @@ def test_a_write_that_fails_leaves_the_old_bundle(tmp_path: Path, monkeypatch: p
     [
         (("--disk", "fast"), "is no rate"),
         (("--engine", "mlx"), "has no plan for"),
+        (("--engine", "vlm"), "no engine 'vlm': did you mean vllm?"),
+        (("--nope",), "`qwen-plan deploy --help` shows"),
         (("--calibration", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
@@ -141,6 +147,23 @@ def test_what_cannot_be_answered_is_2(
     done = qwen_plan("deploy", plan_file(tmp_path), str(tmp_path / "bundle"), *arguments)
     assert done.status == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_weights_are_named(qwen_plan: Command, tmp_path: Path) -> None:
+    """What is on no hub has to be put somewhere, and both the command and the bundle say what and where."""
+    out = tmp_path / "bundle"
+    done = qwen_plan("deploy", plan_file(tmp_path, engine="llama.cpp", weights="q4_k_m"), str(out))
+    assert "The weights, Qwen3.5-9B-Q4_K_M.gguf, have to be there first" in done.stdout
+    told = (out / "README.md").read_text()
+    assert "`models/` beside `compose.yaml`" in told and "What the plan warns of" in told
+    hub = qwen_plan("deploy", plan_file(tmp_path, weights="bf16", model="4b"), str(out), "--overwrite")
+    assert hub.status == 0 and "The weights" not in hub.stdout
+
+
+def test_a_file_that_is_no_plan_says_what_is_missing(qwen_plan: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    done = qwen_plan("deploy", str(tmp_path / "a.json"), str(tmp_path / "bundle"))
+    assert done.status == 2 and "schema is missing; make it anew" in done.stderr
 
 
 def test_a_changed_plan_is_refused(qwen_plan: Command, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_documented_job_is_what_the_command_says(qwen_plan: Any) -> None:
     if os.environ.get("QWENFIT_WRITE_GOLDEN"):
         page.write_text(done.stdout)
     assert done.status == 0 and done.stdout == page.read_text()
-    shown = yaml.safe_load((ROOT / "docs/matrix.md").read_text().split("```yaml")[2].split("```")[0])
+    shown = yaml.safe_load((ROOT / "docs/matrix.md").read_text().split("```yaml")[3].split("```")[0])
     assert shown == yaml.safe_load(JOBS.read_text())
 
 
@@ -61,6 +61,33 @@ def test_a_jobs_figures_follow_from_rate_power_and_prices(qwen_plan: Any, write:
             continue
         usd = cell["job_kwh"]["mid"] * 0.5 + price * hours / (2 * 365.25 * 24)
         assert cell["job_usd"]["mid"] == pytest.approx(usd)
+
+
+def test_a_row_of_several_boxes_is_what_the_command_plans(qwen_plan: Any, write: Any) -> None:
+    """The rows that docs/matrix.md shows; each cell says what `--nodes` of the command says."""
+    page = (ROOT / "docs/matrix.md").read_text().split("```yaml")[2].split("```")[0]
+    done = qwen_plan("matrix", write(page), "--json")
+    assert done.status == 0, done.stderr
+    large, sparks = json.loads(done.stdout)["cells"]
+    assert (large["nodes"], sparks["nodes"]) == (2, 4)
+    assert large["key"] == "8xa100-80gb qwen3.5-397b-a17b 262144x1 weights=bf16 nodes=2"
+    assert sparks["key"].endswith("engine=vllm tp=4 nodes=4 interconnect=roce-100")
+    asked = "--model 397b --engine vllm --gpu dgx-spark --nodes 4 --tp 4 --interconnect roce-100 --ctx 256K --json"
+    own = json.loads(qwen_plan(*asked.split()).stdout)["plans"][0]
+    assert sparks["command"] == own["command"] and "--nnodes 4" in own["command"]
+    assert sparks["decode_tokens_per_s"]["mid"] == pytest.approx(own["speed"]["decode_tokens_per_s"]["mid"], rel=1e-3)
+    assert "2 boxes of 8xa100-80gb" in qwen_plan("matrix", write(page)).stdout
+
+
+def test_the_devices_of_every_box_are_paid_for(qwen_plan: Any, write: Any) -> None:
+    """Two boxes with a card of 9,000 each: 18,000 over two years of 31,557,600 s."""
+    text = "rows:\n  - {device: l40s, nodes: 2, model: 27b, engine: vllm, weights: bf16, job_tokens: 1m}\n"
+    found = []
+    for money in ("", "money: {device_price_usd: {l40s: 9000}, years: 2}\n"):
+        found += json.loads(qwen_plan("matrix", write(text + money), "--json").stdout)["cells"]
+    energy, with_devices = found
+    devices_usd = with_devices["job_usd"]["mid"] - energy["job_usd"]["mid"]
+    assert devices_usd == pytest.approx(18000 * energy["job_hours"]["mid"] / (2 * 365.25 * 24))
 
 
 def test_a_job_on_what_does_not_fit_is_not_told(qwen_plan: Any, write: Any) -> None:
@@ -124,6 +151,14 @@ def test_against_fails_only_on_what_got_worse(qwen_plan: Any, write: Any, tmp_pa
         ("rows:\n  - device: l40s\n    max_memory_bytes: 11 parsecs\n", 3, "amount of memory"),
         ("rows:\n  - device: l40s\n    engine: vlm\n", 2, "vllm"),
         ("rows:\n  - device: l40s\n    job_tokens: 0\n", 3, "at least 1"),
+        ("rows:\n  - device: l40s\n    nodes: 0\n", 3, "at least 1"),
+        ("rows:\n  - device: l40s\n    nodes: 129\n", 3, "at most 128"),
+        ("rows:\n  - device: l40s\n    nodes: 2.5\n", 3, "whole number"),
+        ("rows:\n  - device: l40s\n    dp: 0\n", 3, "at least 1"),
+        ("rows:\n  - device: l40s\n    ep: 1025\n", 3, "at most 1024"),
+        ("rows:\n  - device: l40s\n    interconnect: ib-ndr\n", 3, "give nodes too"),
+        ("rows:\n  - device: l40s\n    nodes: 2\n    interconnect: ib-xyz\n", 4, "no interconnect 'ib-xyz'"),
+        ("defaults: {interconnect: ib-ndr}\nrows:\n  - device: l40s\n", 1, "give nodes too"),
         ("rows:\n  - device: l40s\nmoney: {device_price_usd: {l40x: 1}}\n", 3, "l40x"),
         ("rows:\n  - device: l40s\nmoney: {device_price_usd: {2xl40s: 1}}\n", 3, "one device"),
         ("rows: []\n", 1, "rows is empty"),

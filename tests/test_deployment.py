@@ -17,7 +17,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as some
 
-from qwenfit.cli.deploy import _text
+from qwenfit.cli.deploy import text_of
 from qwenfit.planner import Request, plan
 from qwenfit.planner.deployment.bundle import Bundle, Speeds, bundle
 from qwenfit.planner.deployment.compose import literal
@@ -39,6 +39,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "llama.cpp": {"model": "9b", "devices": ("rtx3060",), "engine": "llama.cpp", "vision": True},
     "boxes": {"model": "397b", "devices": ("8xa100-80gb",), "nodes": 2, "engine": "vllm"},
     "sparks": {"model": "397b", "devices": ("dgx-spark",), "nodes": 4, "tp": 4, "engine": "sglang"},
+    "rpc": {"model": "122b-a10b", "devices": ("dgx-spark",), "nodes": 3, "engine": "llama.cpp", "ctx_tokens": 8192},
     "shared": {
         "model": "397b",
         "devices": ("8xa100-80gb",),
@@ -57,7 +58,7 @@ def made(name: str, **told: Any) -> Bundle:
 
 def read(found: Bundle, name: str) -> Any:
     """As a reader of YAML sees the file."""
-    return yaml.safe_load(_text(found.files[name]))
+    return yaml.safe_load(text_of(found.files[name]))
 
 
 def interpolated(text: str, environment: Mapping[str, str]) -> str:
@@ -75,7 +76,7 @@ def interpolated(text: str, environment: Mapping[str, str]) -> str:
 def started(text: str) -> str:
     """What systemd makes of a word once its quotes are gone: `%%` is `%`, another `%` a specifier; `$` likewise."""
     text = re.sub(r"%(.?)", lambda match: "%" if match[1] == "%" else "<specifier>", text)
-    return re.sub(r"\$(\$|\{([A-Z_]+)\}|)", lambda match: "$" if match[1] == "$" else f"<{match[2]}>", text)
+    return re.sub(r"\$(\$|\{([A-Z0-9_]+)\}|)", lambda match: "$" if match[1] == "$" else f"<{match[2]}>", text)
 
 
 def kubernetes_words(container: Mapping[str, Any], node: int) -> list[str]:
@@ -126,7 +127,7 @@ def test_units_start_the_plans_line(name: str) -> None:
         assert [started(one) for one in shlex.split(line.removeprefix("ExecStart="))] == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in ASKED])
+@pytest.mark.parametrize("name", [name for name in ASKED if name != "rpc"])
 def test_kubernetes_starts_the_plans_line(name: str) -> None:
     found = made(name)
     workload = read(found, "kubernetes/workload.yaml")
@@ -150,7 +151,7 @@ def test_kubernetes_starts_the_plans_line(name: str) -> None:
 def test_no_file_has_a_secret_or_an_alias(name: str) -> None:
     found = made(name)
     for file, document in found.files.items():
-        text = _text(document)
+        text = text_of(document)
         assert "sk-1234" not in text and "&id" not in text
         for line in text.splitlines():
             assigned = re.match(r"\s*#?-?\s*([A-Z_]*(?:KEY|PASSWORD|TOKEN|SECRET)[A-Z_]*)\s*[:=]\s*(\S.*)?$", line)
@@ -158,9 +159,11 @@ def test_no_file_has_a_secret_or_an_alias(name: str) -> None:
                 assert re.match(r"^\"?(\$\{|os\.environ/|\{)", assigned[2]), (file, line)
     gateway = read(found, "gateway.yaml")["general_settings"]
     assert gateway["master_key"] == "os.environ/LITELLM_MASTER_KEY"
-    variables = set(re.findall(r"\$\{([A-Z_]+):\?", _text(found.files["compose.yaml"])))
-    named = {line.partition("=")[0].lstrip("#") for line in found.files[".env.example"].splitlines() if "=" in line}
-    assert variables <= named
+    composed = "".join(text_of(document) for file, document in found.files.items() if file.startswith("compose"))
+    units = "".join(text for file, text in found.files.items() if file.endswith(".service"))
+    for text, there in ((composed, ".env.example"), (units, "systemd/engine.env.example")):
+        named = {line.partition("=")[0].lstrip("#") for line in found.files[there].splitlines() if "=" in line}
+        assert set(re.findall(r"\$\{([A-Z0-9_]+)(?::\?|\})", text)) <= named
 
 
 def test_images_are_pinned_by_the_plans_version() -> None:
@@ -218,6 +221,32 @@ def test_what_the_network_between_boxes_reaches_asks_for_a_key() -> None:
     assert "ports" not in alone["engine"] and alone["gateway"]["ports"][0].startswith("${GATEWAY_ADDRESS:-127.0.0.1}")
 
 
+def test_llama_cpp_calls_the_other_boxes() -> None:
+    """tools/rpc/README.md of llama.cpp b11434: nobody is asked who they are, so each listens on the one address that
+    `.env` names, and nothing of the gateway is there. The base image's own health check asks for llama-server."""
+    found = made("rpc")
+    boxes = [read(found, f"compose.box-{node}.yaml")["services"] for node in (1, 2)]
+    first = read(found, "compose.yaml")["services"]
+    for node, box in enumerate(boxes, 1):
+        engine = box["engine"]
+        assert engine["command"] == ["-H", f"${{NODE_{node}_IP:?see .env.example}}", "-p", "50052"]
+        assert engine["network_mode"] == "host" and "ports" not in engine and "volumes" not in engine
+        assert engine["healthcheck"] == {"disable": True} and list(box) == ["engine"]
+        assert (engine["image"], engine["build"]) == (first["engine"]["image"], ".")
+    assert first["engine"]["networks"] == ["serving"] and "network_mode" not in first["engine"]
+    assert "ENGINE_API_KEY" not in json.dumps(first) + text_of(found.files["gateway.yaml"])
+    assert "extra_hosts" not in first["gateway"]
+    built = found.files["Dockerfile"].splitlines()
+    assert f"FROM {found.service.image}" in built and found.service.image.endswith(":server-cuda-b11434")
+    assert any("--branch b11434 https://github.com/ggml-org/llama.cpp " in line for line in built)
+    assert any("-DGGML_RPC=ON" in line and "-DGGML_BACKEND_DL=ON" in line for line in built)
+    assert not [file for file in found.files if file.startswith(("kubernetes", "ray"))]
+    assert "kubernetes: no image of llama.cpp with its RPC backend" in found.left_out[0]
+    assert "kubectl" not in found.files["README.md"] and "check nobody" in found.files["README.md"]
+    link = found.launch.plan.setup.interconnect
+    assert link and found.startup_s == int(600 + found.launch.weights_bytes * (1 / 1e9 + 1 / link.bytes_per_s))
+
+
 @pytest.mark.parametrize(("name", "port"), [("vllm", 8000), ("sglang", 30000), ("llama.cpp", 8080)])
 def test_prometheus_and_the_probes_ask_where_the_engine_answers(name: str, port: int) -> None:
     """/metrics and /health: vllm 0.32 `entrypoints/serve/instrumentator`, sglang 0.5.23 `utils/common.py` and
@@ -259,7 +288,7 @@ def test_ray_gets_vllms_arguments_under_their_names() -> None:
     [
         ({"devices": ("m3-max-128gb",), "engine": "mlx"}, "no container of mlx"),
         ({"devices": ("rtx3060",), "engine": "transformers"}, "no container of transformers"),
-        ({"devices": ("dgx-spark",), "nodes": 3, "engine": "llama.cpp", "model": "122b-a10b"}, "by hand"),
+        ({"devices": ("rtx3060",), "engine": "ollama"}, "no container of ollama"),
     ],
 )
 def test_what_no_file_could_start_is_said(told: dict[str, Any], said: str) -> None:
@@ -278,7 +307,7 @@ NASTY = some.text(
 @given(NASTY)
 @example("%h $X ${Y} $(Z) \\ \" ' # {{a}} %%")
 def test_words_mean_themselves_to_every_reader(text: str) -> None:
-    assert interpolated(yaml.safe_load(_text({"x": literal(text)}))["x"], {}) == text
+    assert interpolated(yaml.safe_load(text_of({"x": literal(text)}))["x"], {}) == text
     (again,) = shlex.split(word(text))
     assert started(again) == text
     (again,) = shlex.split(word(text, expands=False))
@@ -334,7 +363,7 @@ def test_kustomize_builds_the_folder(name: str, tmp_path: Path) -> None:
     found = made(name)
     for file, document in found.files.items():
         if file.startswith("kubernetes/"):
-            (tmp_path / Path(file).name).write_text(_text(document))
+            (tmp_path / Path(file).name).write_text(text_of(document))
     done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     kinds = {document["kind"] for document in yaml.safe_load_all(done.stdout)}

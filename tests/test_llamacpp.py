@@ -1,6 +1,7 @@
 """llama.cpp's estimate: what lies where, what is emitted, what never shrinks. Figures are b11434's own or public."""
 
 import shlex
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwenfit.planner.engines import llamacpp
 from qwenfit.planner.engines.engine import Setup
-from qwenfit.planner.engines.llamacpp_devices import shares
+from qwenfit.planner.engines.llamacpp_devices import _fewest_filled, shares
 from qwenfit.planner.request import Options
 from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import UnknownName, Unsupported
@@ -34,6 +35,41 @@ def estimate(*args: Any, **changes: Any) -> llamacpp.LlamaCppEstimate:
 def words(line: str, flag: str) -> str:
     found = shlex.split(line)
     return found[found.index(flag) + 1]
+
+
+def layer_by_layer(loads: list[int], rooms: list[int], head: int, tail: int) -> list[int]:
+    """Where devices end, dealt out one layer after another at fractions that are halved forty times."""
+
+    def ends(fraction: float) -> list[int]:
+        found, layer = [], 0
+        for index, room in enumerate(rooms):
+            left = fraction * room - (head if index == 0 else 0) - (tail if index == len(rooms) - 1 else 0)
+            while layer < len(loads) and loads[layer] <= left:
+                left -= loads[layer]
+                layer += 1
+            found.append(layer)
+        return found
+
+    low, high = 0.0, (sum(loads) + head + tail) / min(rooms)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if ends(middle)[-1] == len(loads) else (middle, high)
+    return ends(high)
+
+
+GIGABYTES = st.integers(1, 80).map(lambda size: size * 10**9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([310_000_007, 250_000_013, 1_900_000_011]), min_size=24, max_size=60),
+    st.lists(GIGABYTES, min_size=2, max_size=16),
+    st.sampled_from([0, 900_000_000]),
+    st.sampled_from([100_000_000, 9_000_000_000]),
+)
+def test_layers_are_dealt_as_one_by_one(loads: list[int], rooms: list[int], head: int, tail: int) -> None:
+    sums = list(accumulate(loads, initial=0))
+    assert _fewest_filled(sums, rooms, head, tail)[:-1] == layer_by_layer(loads, rooms, head, tail)[:-1]
 
 
 def test_token_embd_stays_on_the_host_and_a_tied_output_is_loaded_twice() -> None:

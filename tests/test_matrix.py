@@ -47,6 +47,15 @@ def test_a_question_asked_twice_is_refused_with_both_lines() -> None:
     refuse_duplicates([cell(), cell(line=9, engine="vllm")], "m.yaml")
 
 
+def test_a_key_says_what_is_fixed_and_nothing_else() -> None:
+    """Keys are compared with those of older runs: what a request leaves open, and one box, are not in them."""
+    assert cell().key == "rtx3060 qwen3.5-9b 32768x1"
+    assert cell(vision=False, mtp=0, nodes=1).key == cell().key
+    assert cell(tp=1).key == "rtx3060 qwen3.5-9b 32768x1 tp=1"
+    boxes = cell(nodes=2, dp=2, ep=4, interconnect="ib-ndr", vision=True)
+    assert boxes.key == "rtx3060 qwen3.5-9b 32768x1 vision=True dp=2 ep=4 nodes=2 interconnect=ib-ndr"
+
+
 def test_requirements_on_a_real_plan() -> None:
     """rtx3060 with the 9B at 32K fits in about 9.5 GiB (README), and 27B at 256K does not fit at all."""
     assert only(cell()).passes

@@ -30,7 +30,7 @@ def test_the_words_are_the_commands(failing: Any) -> None:
     shown, best = view(failing), failing.best
     assert (shown.verdict, shown.state) == ("Does not fit", "no")
     assert shown.question == phrases.question(failing) and shown.setup == phrases.setup(best)
-    assert shown.reasons == best.reasons and shown.command == best.command and shown.limits == phrases.limits(best)
+    assert shown.reasons == best.reasons and shown.commands == (best.command,) and shown.limits == phrases.limits(best)
     assert dict(shown.lists)["What to change"][0].startswith("KV cache in q4_0 (fits): saves 4.00 GiB")
     assert dict(shown.lists)["Speed"] == list(phrases.speed(best))
     assert [one.title for one in shown.figures] == ["Decodes", "First token", "Longest context", "Most sequences"]
@@ -40,6 +40,14 @@ def test_the_line_on_top_tells_the_fullest_of_unlike_devices() -> None:
     shown = view(plan(Request(model="9b", devices=("rtx3090", "rtx3060"), ctx_tokens=32768, weights="q8_0")))
     assert shown.says.startswith("Fits: ~") and " on GeForce RTX 30" in shown.says and "tokens/s" in shown.says
     assert len(shown.shares) == 2
+
+
+def test_devices_of_which_the_same_is_told_are_told_once() -> None:
+    """Two stages of eight A100 differ by some bytes that nobody sees: one bar for sixteen devices."""
+    found = plan(Request("397b", ("8xa100-80gb",), 262144, engine="vllm", weights="bf16", nodes=2))
+    assert len({share.memory for share in found.best.devices}) == 2
+    (shown,) = view(found).shares
+    assert shown.title.startswith("16 x A100 SXM4 80 GB (a100-80gb), each: ")
 
 
 def test_without_a_known_speed(made: Any) -> None:

@@ -28,6 +28,10 @@ QUESTIONS: list[tuple[dict[str, Any], Request]] = [
         {"devices": [{"name": "m1-16gb"}], "vision": True, "prices": {"device_usd": 700, "usd_per_kwh": 0.3}},
         Request(devices=("m1-16gb",), vision=True, prices=Prices(device_usd=700.0, usd_per_kwh=0.3)),
     ),
+    (
+        {"model": "397b", "devices": [{"name": "a100-80gb", "count": 8}], "nodes": 2, "interconnect": "8xib-hdr"},
+        Request(model="397b", devices=("a100-80gb",) * 8, nodes=2, interconnect="8xib-hdr"),
+    ),
     ({"ctx_tokens": 10_000_000, "seqs": 1_000_000}, Request(devices=("rtx3060",), ctx_tokens=10_000_000, seqs=10**6)),
 ]
 
@@ -58,7 +62,7 @@ def test_catalogs(page: Any) -> None:
     assert len(devices) > 300 and all(one["path"] is None for one in devices)
     names = client.get("/api/names").json()
     assert {"vllm", "llama.cpp"} <= {one["name"] for one in names["engines"]}
-    assert set(names) == {"engines", "weights", "kv_dtypes", "state_dtypes"}
+    assert set(names) == {"engines", "weights", "kv_dtypes", "state_dtypes", "interconnects"}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,10 @@ def test_catalogs(page: Any) -> None:
         ({"seqs": True}, "seqs: "),
         ({"more": 1}, "more: "),
         ({"tp": 2}, "2 devices"),
+        ({"nodes": 129}, "nodes: "),
+        ({"nodes": 2, "interconnect": "ib-xyz"}, "no interconnect 'ib-xyz'"),
+        ({"interconnect": "ib-ndr"}, "give --nodes too"),
+        ({"nodes": 2, "dp": 1025}, "dp: "),
         ({"options": {"gpu_memory_utilization": 2}}, "options.gpu_memory_utilization: "),
         ([], ""),
         ("x", ""),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from qwenfit.cli.phrases import launches
 from qwenfit.planner import Request, plan
 
 NEEDED = ("playwright", "fastapi", "uvicorn", "jinja2", "limits")
@@ -21,6 +22,7 @@ MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 ASKED = "?model=9b&gpu=rtx3060&n=1&ctx=256K"
+BOXES = "?model=397b&gpu=a100-80gb&n=8&nodes=2&ctx=256K&engine=vllm&weights=bf16"
 MOVES, MOVE_BOUND_S = 24, 0.4  # 0.1 s on an idle machine; this bound is for one that runs six other things
 
 
@@ -171,6 +173,33 @@ def test_the_other_fields(opened: Any) -> None:
     assert "x 4 sequences" in page.locator("#answer").inner_text()
 
 
+def test_several_boxes(opened: Any, address: str) -> None:
+    """The fold opens by keyboard; boxes and their link are answered, linked, and copied box by box."""
+    page = opened("?model=397b&gpu=dgx-spark&n=1&ctx=64K&engine=vllm")
+    assert not page.locator("#nodes").is_visible()
+    page.locator("summary", has_text="Several boxes").focus()
+    page.keyboard.press("Enter")
+    page.locator("#nodes").fill("4")
+    page.locator("#interconnect").select_option("roce-100")
+    page.locator("#tp").fill("4")
+    page.wait_for_function("() => document.querySelector('#answer').textContent.includes('4 boxes over roce-100')")
+    page.wait_for_function("() => document.querySelector('#answer').textContent.includes('tensor parallel 4')")
+    asked = Request("397b", ("dgx-spark",), 65536, engine="vllm", nodes=4, interconnect="roce-100", tp=4)
+    lines = launches(plan(asked).best)
+    page.get_by_text("and in the other boxes").click()
+    page.locator("[data-copy='#command-3']").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == lines[3]
+    page.wait_for_function("() => location.search.includes('nodes=4') && location.search.includes('tp=4')")
+    again = opened(page.url.removeprefix(address), silent=False)
+    for field in ("#nodes", "#interconnect", "#tp", "#pp", "#dp", "#ep"):
+        assert again.locator(field).is_visible()
+        assert again.locator(field).input_value() == page.locator(field).input_value(), field
+    assert says(again) == says(page)
+    again.locator("#nodes").fill("1")  # the link between boxes stays in the form, and does not matter
+    expect_answer(again, "tp 4")
+
+
 def test_copy(opened: Any) -> None:
     page = opened()
     command = plan(Request(model="9b", devices=("rtx3060",), ctx_tokens=262144)).best.command
@@ -219,7 +248,7 @@ def test_devices_that_would_do_follow(opened: Any) -> None:
     assert "$" in page.locator("#offers table").inner_text()
 
 
-@pytest.mark.parametrize("query", [ASKED, "?model=27b&gpu=rtx3090&n=2&gpu=rtx3060&n=1&ctx=1M&seqs=4"])
+@pytest.mark.parametrize("query", [ASKED, "?model=27b&gpu=rtx3090&n=2&gpu=rtx3060&n=1&ctx=1M&seqs=4", BOXES])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_can_be_read(opened: Any, screen: dict[str, int], scheme: str, query: str) -> None:

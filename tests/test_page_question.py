@@ -62,6 +62,18 @@ def test_the_request_is_what_was_asked() -> None:
     )
 
 
+def test_boxes_are_asked_in_the_commands_words() -> None:
+    asked = from_query(pairs("gpu=h100-sxm&n=8&nodes=2&interconnect=8xib-ndr&tp=8&pp=2&dp=1&ep=1"))
+    assert asked.request() == Request(
+        devices=("h100-sxm",) * 8, nodes=2, interconnect="8xib-ndr", tp=8, pp=2, dp=1, ep=1
+    )
+
+
+def test_a_link_that_was_left_in_the_form_of_one_box_is_not_asked_for() -> None:
+    assert from_query(pairs("gpu=rtx3060&nodes=1&interconnect=ib-ndr")) == Question()
+    assert from_query(pairs("gpu=rtx3060&interconnect=ib-ndr")) == Question()
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "./9b", "..", "~/model.gguf", "config.json", "tests", "9b/../9b", ""])
 def test_a_model_is_a_name_and_no_path(name: str) -> None:
     """Files that exist and files that do not get the same answer."""
@@ -95,7 +107,7 @@ def test_this_machine_only_where_it_was_allowed() -> None:
 
 BEYOND = ["ctx=1e9", "ctx=-1", "ctx=0", "ctx=99M", "ctx=9999999999999999999", "seqs=0", "seqs=x", "mtp=17"]
 BEYOND += ["gpu=a&n=0", "gpu=rtx3060&n=33", "&".join(["gpu=rtx3060"] * 9), f"model={'a' * 61}", "engine=\x00"]
-BEYOND += ["weights=ä", "n=1&gpu=é"]
+BEYOND += ["weights=ä", "n=1&gpu=é", "nodes=0", "nodes=129", "nodes=two", "tp=0", "pp=1025", "dp=-1", "ep=1.5"]
 
 
 @pytest.mark.parametrize("text", BEYOND)
@@ -126,9 +138,17 @@ def test_many_rows_of_many() -> None:
         kv_dtype=st.sampled_from([None, "q8_0/q4_0"]),
         mtp=st.integers(0, 16),
         vision=st.sampled_from([None, True]),
+        tp=st.none() | st.integers(1, 1024),
+        pp=st.none() | st.integers(1, 1024),
+        dp=st.none() | st.integers(1, 1024),
+        ep=st.none() | st.integers(1, 1024),
+        nodes=st.integers(1, 128),
+        interconnect=st.sampled_from([None, "8xib-ndr", "25GB/s"]),
     )
 )
 def test_a_link_comes_back_as_the_same_question(asked: Question) -> None:
+    if asked.nodes == 1:
+        asked = asked.model_copy(update={"interconnect": None})
     assert from_query(pairs(query(asked))) == asked
 
 

@@ -32,6 +32,17 @@ def test_the_file_is_one_that_the_command_reads(tmp_path_factory: Any, ctx_token
     assert dict(read.tariff.device_usd) == {"rtx3060": 329, "rtx3090": 1499}
 
 
+def test_boxes_and_drafts_stay_as_they_were_asked(tmp_path: Path) -> None:
+    """What the file can say of the question, it says: left out, a report would be of something else."""
+    request = Request(
+        "27b", ("l40s", "l40s"), engine="vllm", mtp=2, tp=2, pp=2, dp=1, ep=1, nodes=2, interconnect="roce-100"
+    )
+    file = tmp_path / "workload.yaml"
+    file.write_text(page_report.workload(request), encoding="utf-8")
+    read = read_workload(str(file)).request
+    assert [getattr(read, name) for name in page_report.FIXED] == [getattr(request, name) for name in page_report.FIXED]
+
+
 def test_the_report_is_the_commands(page: Any) -> None:
     client = page()
     told = client.get(f"/report.json?{ASKED}")

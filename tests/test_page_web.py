@@ -15,6 +15,7 @@ from qwenfit.planner import Request, plan
 
 ASKED = "model=9b&gpu=rtx3060&n=1&ctx=256K&seqs=1"
 REQUEST = Request(model="9b", devices=("rtx3060",), ctx_tokens=262144)
+BOXES = "model=397b&gpu=dgx-spark&n=1&ctx=256K&engine=vllm&nodes=4&interconnect=cx7-200&tp=4"
 
 
 def text_of(html: str) -> str:
@@ -36,7 +37,12 @@ def test_the_page_says_what_the_command_says(page: Any) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [ASKED, "model=397b&gpu=rtx3060&n=1&ctx=1M&seqs=64", "model=27b&gpu=rtx3090&n=2&gpu=rtx3060&n=1&mtp=2&vision=on"],
+    [
+        ASKED,
+        BOXES,
+        "model=397b&gpu=rtx3060&n=1&ctx=1M&seqs=64",
+        "model=27b&gpu=rtx3090&n=2&gpu=rtx3060&n=1&mtp=2&vision=on",
+    ],
 )
 def test_the_answer_is_the_pages(page: Any, asked: str) -> None:
     """What htmx puts in place of the answer is what the whole page has there."""
@@ -48,6 +54,25 @@ def test_the_answer_is_the_pages(page: Any, asked: str) -> None:
     assert len(status) == 1 and unescape(status[0]) in unescape(whole.text)
     for piece in findall(r">([^<>]{12,})<", moved.text):
         assert sub(r"\s+", " ", unescape(piece)).strip() in told, piece
+
+
+def test_boxes_on_the_page(page: Any) -> None:
+    """The form shows what was asked, unfolded, and the answer has the line of every box."""
+    html = page().get(f"/?{BOXES}").text
+    spread = html[html.index("<details open>") : html.index("Images, too")]
+    fields = findall(r'name="(\w+)"[^>]*? value="(\d+)"', spread)
+    assert fields == [("nodes", "4"), ("tp", "4")] and spread.count('placeholder="chosen"') == 3
+    assert '<option value="cx7-200" selected>' in spread
+    asked = Request("397b", ("dgx-spark",), 262144, engine="vllm", nodes=4, interconnect="cx7-200", tp=4)
+    lines = phrases.launches(plan(asked).best)
+    assert len(lines) == 4 and [unescape(one) for one in findall(r"<pre[^>]*>([^<]*)</pre>", html)] == list(lines)
+    assert "<details>\n<summary>Several boxes" in page().get("/").text
+
+
+def test_a_plan_that_fits_says_what_its_json_is_for(page: Any) -> None:
+    client = page()
+    assert "qwen-plan deploy plan.json" in client.get(f"/?{ASKED}").text
+    assert "qwen-plan deploy" not in client.get("/?model=397b&gpu=rtx3060&n=1").text
 
 
 def test_where_the_slider_stands(page: Any) -> None:
@@ -83,6 +108,8 @@ def test_every_move_is_cheap(page: Any) -> None:
     assert sorted(took)[int(len(took) * 0.95)] < 0.1
 
 
+KEYS = ["model", "gpu", "n", "ctx", "engine", "weights", "kv", "seqs", "mtp", "nodes", "interconnect", "tp", "vision"]
+KEYS += ["more"]
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -95,13 +122,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize(
-    "key", ["model", "gpu", "ctx", "engine", "weights", "kv", "seqs", "mtp", "n", "vision", "more"]
-)
+@pytest.mark.parametrize("key", KEYS)
 def test_hostile_words_are_shown_as_text(page: Any, key: str, text: str) -> None:
     client = page()
     for path in ("/", "/answer", "/offers", "/plan.json", "/plan.md"):
-        answered = client.get(f"{path}?{urlencode({'gpu': 'rtx3060', key: text})}")
+        answered = client.get(f"{path}?{urlencode({'gpu': 'rtx3060', 'nodes': '2', key: text})}")
         assert answered.status_code in (200, 422), (path, answered.text[:200])
         if answered.headers["content-type"].startswith("text/html"):
             tags = Tags(answered.text)

@@ -53,6 +53,21 @@ def test_two_boxes_of_a100_take_the_397b_unquantized_in_two_stages() -> None:
     assert found.devices[0].memory.weights.mid == pytest.approx(layers + outside, rel=0.01)
 
 
+@pytest.mark.parametrize(("box", "nodes"), [("32xrtx3060", 1), ("32xrtx3060", 4)])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_stage_has_a_layer(engine: str, box: str, nodes: int) -> None:
+    """The 0.8B has 24 layers and 8 heads: tp 1 over 32 devices, or 2 over 128, would be more stages than layers. What
+    does not fit goes through all placements."""
+    found = best(box, nodes, model="qwen3.5-0.8b", engine=engine, ctx_tokens=1_000_000, seqs=4096)
+    assert not found.fits and found.pp <= 24
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_more_stages_than_layers_are_refused_in_a_sentence(nodes: int) -> None:
+    with pytest.raises(Unsupported, match="has 24 layers, and 32 pipeline stages need one each"):
+        best("32xrtx3060", nodes, model="qwen3.5-0.8b", engine="vllm", pp=32)
+
+
 def test_four_sparks_take_the_397b_a_stage_each() -> None:
     found = best("dgx-spark", 4, engine="vllm")
     assert found.fits and sizes(found) == (1, 4, 1, 1)

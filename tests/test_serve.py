@@ -99,12 +99,12 @@ def test_what_cannot_be(qwen_plan: Any, arguments: tuple[str, ...], says: str) -
 
 def test_without_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwenfit.cli import serve
-    from qwenfit.profiles.errors import BadInput
+    from qwenfit.profiles.errors import BadInput, install_hint
 
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "limits") else True)
     with pytest.raises(BadInput) as caught:
         serve.serve("127.0.0.1", 0, False, [], False)
-    assert str(caught.value) == "the page needs fastapi and limits: pip install 'qwenfit[serve]'"
+    assert str(caught.value) == f"the page needs fastapi, limits: {install_hint('serve')}"
 
 
 @needs_the_extra

@@ -1,16 +1,18 @@
 """Everything that starts a plan, as documents by file name: nothing is written here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...profiles.errors import Unsupported
 from ...profiles.frozen import dataclass
+from ..engines.launch import node_address
 from ..plan import EnginePlan
 from .compose import box_compose, compose
 from .gateway import gateway, prometheus
 from .kubernetes import manifests
-from .launch import Launch, launch
+from .launch import Launch, launch, placed
 from .ray_serve import ray_serve
+from .rpc_image import dockerfile
 from .service import Service, service
 from .systemd import unit
 
@@ -46,35 +48,36 @@ def bundle(plan: EnginePlan, sha256: str, speeds: Speeds) -> Bundle:
     runs = service(plan.engine, plan.engine_version, started.vendor)
     startup_s = started.startup_s(speeds.disk_bytes_per_s, speeds.download_bytes_per_s)
     left_out: list[str] = []
+    cluster = _made(lambda: manifests(started, runs, startup_s, sha256), "kubernetes", left_out)
+    ray = _made(lambda: ray_serve(started), "ray-serve.yaml", left_out) if len(started.boxes) > 1 else None
+    others = range(1, len(started.boxes))
     files: dict[str, Any] = {
         "compose.yaml": compose(started, runs, startup_s),
-        **{
-            f"compose.box-{node}.yaml": box_compose(started, runs, startup_s, node)
-            for node in range(1, len(started.boxes))
-        },
+        **{f"compose.box-{node}.yaml": box_compose(started, runs, startup_s, node) for node in others},
+        **({"Dockerfile": dockerfile(started, runs)} if started.calls_boxes else {}),
         "gateway.yaml": gateway(started, runs),
         ".env.example": _environment(started),
         "prometheus.yaml": prometheus(started, runs),
-        "README.md": _readme(started, startup_s, sha256),
+        "README.md": _readme(started, startup_s, sha256, bool(cluster)),
+        "systemd/engine.service": unit(started, runs, startup_s, 0, sha256),
+        **{f"systemd/engine-box-{node}.service": unit(started, runs, startup_s, node, sha256) for node in others},
+        "systemd/engine.env.example": _unit_environment(started),
+        **{f"kubernetes/{name}": document for name, document in (cluster or {}).items()},
+        **({"ray-serve.yaml": ray} if ray else {}),
     }
-    for node in range(len(started.boxes)):
-        name = "engine.service" if node == 0 else f"engine-box-{node}.service"
-        files[f"systemd/{name}"] = unit(started, runs, startup_s, node, sha256)
-    files["systemd/engine.env.example"] = _unit_environment(started)
-    try:
-        found = manifests(started, runs, startup_s, sha256)
-        files |= {f"kubernetes/{name}": document for name, document in found.items()}
-    except Unsupported as reason:
-        left_out.append(f"kubernetes: {reason}")
-    if len(started.boxes) > 1:
-        try:
-            files["ray-serve.yaml"] = ray_serve(started)
-        except Unsupported as reason:
-            left_out.append(f"ray-serve.yaml: {reason}")
     return Bundle(started, runs, startup_s, files, tuple(left_out))
 
 
-def _readme(launch: Launch, startup_s: int, sha256: str) -> str:
+def _made(make: Callable[[], Mapping[str, Any]], name: str, left_out: list[str]) -> Mapping[str, Any] | None:
+    """What can be left out of a bundle; None, and the reason in `left_out`, where it has to be."""
+    try:
+        return make()
+    except Unsupported as reason:
+        left_out.append(f"{name}: {reason}")
+        return None
+
+
+def _readme(launch: Launch, startup_s: int, sha256: str, for_cluster: bool) -> str:
     """What to do with the files, as short as it can be said."""
     boxes, name = len(launch.boxes), launch.name
     lines = [
@@ -87,22 +90,44 @@ def _readme(launch: Launch, startup_s: int, sha256: str) -> str:
         "for each of them.",
     ]
     if boxes > 1:
+        meet = (
+            "in the others before the first, which calls them. The image is built there from `Dockerfile`. Their "
+            "servers check nobody: their addresses have to be on a network that only these boxes are on."
+            if launch.calls_boxes
+            else "all at about the same time: they wait for one another."
+        )
         lines += [
             f"* {boxes} boxes: copy the folder and `.env` to each. In box N `docker compose -f compose.box-N.yaml up "
-            "-d`, in the first as above, all at about the same time: they wait for one another."
+            f"-d`, in the first as above, {meet}"
         ]
     lines += [
         "* No containers: `systemd/*.service` to `/etc/systemd/system`, `systemd/engine.env.example` to "
         "`/etc/qwenfit/engine.env`; a user `qwenfit`, and the engine in `/opt/qwenfit/bin`. "
         + ("vLLM listens on every interface" if launch.plan.engine == "vllm" else "It listens on this machine only")
         + ", and asks for no key unless the environment file names one.",
-        "* A cluster: `kubectl apply -k kubernetes/`"
-        + (" (with LeaderWorkerSet installed)" if boxes > 1 else "")
-        + ". The Service is for inside; put the cluster's own gateway before it.",
-        "* Monitoring: `prometheus.yaml` names the engine's metrics.",
     ]
-    if launch.local:
-        lines += [f"* Weights: `{launch.model}` has to be there first."]
+    if for_cluster:
+        installed = " (with LeaderWorkerSet installed)" if boxes > 1 else ""
+        lines += [
+            f"* A cluster: `kubectl apply -k kubernetes/`{installed}. The Service is for inside; put the cluster's own "
+            "gateway before it."
+        ]
+    lines += ["* Monitoring: `prometheus.yaml` names the engine's metrics."]
+    if launch.folder is not None:
+        lines += [f"* Weights: `{launch.model}` has to be at the same place on the machine that serves."]
+    elif launch.local:
+        cluster = ", or on the volume of `kubernetes/volume.yaml`" if for_cluster else ""
+        lines += [
+            f"* Weights: `{launch.model}` first has to be in `models/` beside `compose.yaml` (`.env` may name another "
+            f"folder), for systemd in `/var/lib/qwenfit`{cluster}."
+        ]
+    if launch.plan.warnings:
+        lines += [
+            "",
+            "What the plan warns of:",
+            "",
+            *(f"* {' '.join(warning.split())}" for warning in launch.plan.warnings),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -123,7 +148,13 @@ def _environment(launch: Launch) -> str:
         lines += ["# For gated repositories, or a higher rate of downloads.", "#HF_TOKEN="]
     elif launch.folder is None:
         lines += ["# Where the model's files lie.", "#MODELS_DIR=./models"]
-    if len(launch.boxes) > 1:
+    if launch.calls_boxes:
+        lines += [
+            "# In every box: addresses of the others on a network that only these boxes are on; nobody is asked who "
+            "they are.",
+            *_box_addresses(launch),
+        ]
+    elif len(launch.boxes) > 1:
         lines += [
             "# In every box: where the others reach the first, and over which interface (`ip -br address`).",
             "HEAD_NODE_IP=",
@@ -134,9 +165,15 @@ def _environment(launch: Launch) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _box_addresses(launch: Launch) -> list[str]:
+    return [placed(node_address(node), lambda name: f"{name}=") for node in range(1, len(launch.boxes))]
+
+
 def _unit_environment(launch: Launch) -> str:
     lines = ["# Copy to /etc/qwenfit/engine.env, mode 0600."]
-    if len(launch.boxes) > 1:
+    if launch.calls_boxes:
+        lines += _box_addresses(launch)
+    elif len(launch.boxes) > 1:
         lines += ["HEAD_NODE_IP=", "NCCL_SOCKET_IFNAME=", "GLOO_SOCKET_IFNAME="]
     if not launch.local:
         lines += ["#HF_TOKEN="]

@@ -24,7 +24,7 @@ def gateway(launch: Launch, service: Service) -> dict[str, Any]:
                 "litellm_params": {
                     "model": f"hosted_vllm/{launch.model}",
                     "api_base": f"http://engine:{service.port}/v1",
-                    **({"api_key": "os.environ/ENGINE_API_KEY"} if len(launch.boxes) > 1 else {}),
+                    **({"api_key": "os.environ/ENGINE_API_KEY"} if launch.shares_network(0) else {}),
                     "timeout": TIMEOUT_S,
                     "stream_timeout": TIMEOUT_S,
                 },

@@ -25,6 +25,8 @@ def manifests(launch: Launch, service: Service, startup_s: int, sha256: str) -> 
     box in more than their place."""
     if launch.vendor not in ("cpu", *RESOURCES):
         raise Unsupported(f"no Kubernetes resource is known for {launch.vendor} devices")
+    if launch.calls_boxes:
+        raise Unsupported("no image of llama.cpp with its RPC backend is published for a cluster to pull")
     several = len(launch.boxes) > 1
     workload = _leader_worker_set(launch, service, startup_s) if several else _deployment(launch, service, startup_s)
     files: dict[str, Document] = {
@@ -111,8 +113,7 @@ def _arguments(words: tuple[str, ...], service: Service) -> list[str]:
 def _escaped(word: str) -> str:
     if word == _PLACE:
         return word
-    (found,) = placed((word.replace("$(", "$$("),), _ADDRESS)
-    return found
+    return placed(word.replace("$(", "$$("), lambda _: _ADDRESS)
 
 
 def _container(launch: Launch, service: Service, arguments: list[str]) -> Document:

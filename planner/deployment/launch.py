@@ -1,17 +1,17 @@
 """A plan's launch line taken apart: words for every box, the environment, where the weights are, how long they load."""
 
 import os
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from ...profiles.errors import Unsupported
 from ...profiles.formats import checkpoint_bytes
 from ...profiles.frozen import dataclass
-from ..engines.launch import HEAD_ADDRESS
 from ..plan import EnginePlan
 
 MODEL_FLAGS = {"sglang": "--model-path", "llama.cpp": "-m"}
 START_S = 600  # from the weights in memory to the first answer: compilation and captured graphs; an estimate
+ADDRESS = re.compile(r"<(HEAD_NODE_IP|NODE_\d{1,3}_IP)>")  # as `node_address` writes them
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 
 
@@ -42,6 +42,16 @@ class Launch:
         return 0 if self.vendor == "cpu" else self.plan.setup.box_ranks
 
     @property
+    def calls_boxes(self) -> bool:
+        """llama.cpp: the first box calls the others, which wait and get their share of the weights from it. Boxes of
+        other engines read their own, and call the first."""
+        return len(self.boxes) > 1 and self.plan.engine == "llama.cpp"
+
+    def shares_network(self, node: int) -> bool:
+        """Whether a box's engine is on the network of its host, where the other boxes reach it."""
+        return len(self.boxes) > 1 and (node > 0 or not self.calls_boxes)
+
+    @property
     def folder(self) -> str | None:
         """The folder of an absolute path, which has to be at the same place in a container."""
         if not os.path.isabs(self.model):
@@ -49,20 +59,18 @@ class Launch:
         return os.path.dirname(self.model) if self.model.endswith(".gguf") else self.model
 
     def startup_s(self, disk_bytes_per_s: float, download_bytes_per_s: float) -> int:
-        """Until the first answer: weights from the hub where they lie there, then from the disk, and the rest."""
+        """Until the first answer: weights from the hub where they lie there, then from the disk, to boxes that have
+        none, and the rest."""
         seconds = START_S + self.weights_bytes / disk_bytes_per_s
+        link = self.plan.setup.interconnect
+        if self.calls_boxes and link:
+            seconds += self.weights_bytes / link.bytes_per_s
         return int(seconds + (0 if self.local else self.weights_bytes / download_bytes_per_s))
 
 
 def launch(plan: EnginePlan) -> Launch:
-    """Unsupported where several boxes need addresses that no file here can know."""
     told = plan.detail.get("node_commands")
     lines = [str(line) for line in told] if isinstance(told, list) else [plan.command]
-    if len(lines) > 1 and plan.engine == "llama.cpp":
-        raise Unsupported(
-            "llama.cpp over several boxes starts by hand: its RPC servers check nobody, and the first box must know "
-            "their addresses; plan with --engine vllm or sglang"
-        )
     boxes, environment = [], {}
     for line in lines:
         words = shlex.split(line)
@@ -80,6 +88,6 @@ def _model(engine: str, words: tuple[str, ...]) -> str:
     return words[words.index(flag) + 1] if flag else words[2]
 
 
-def placed(words: tuple[str, ...], address: str) -> list[str]:
-    """The words with the first box's address in place of its place holder."""
-    return [word.replace(HEAD_ADDRESS, address) for word in words]
+def placed(word: str, address: Callable[[str], str]) -> str:
+    """The word with addresses in place of their place holders: `address` of a variable's name, HEAD_NODE_IP."""
+    return ADDRESS.sub(lambda found: address(found[1]), word)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...profiles.errors import Unsupported
 from ...profiles.frozen import dataclass
+from ...profiles.names import join_or
 
 FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "services.yaml")
 
@@ -25,6 +26,7 @@ class Service:
     programs: Mapping[str, str]  # where the image keeps a program, or what it calls it, where the line does not say so
     key_environment: str | None  # the variable that makes the engine ask for a key
     key_flag: str | None  # or the flag that does
+    documentation: str
     health: str  # what asks for the health inside the image: python3 or curl
 
     @property
@@ -40,7 +42,7 @@ def service(engine: str, version: str, vendor: str) -> Service:
     """Unsupported, in a sentence, where no image is known."""
     known = services()["engines"]
     if engine not in known:
-        raise Unsupported(f"no container of {engine} is known: plan with --engine {', '.join(known)}")
+        raise Unsupported(f"no container of {engine} is known: plan with --engine {join_or([*known])}")
     row = known[engine]
     if vendor not in row["images"]:
         raise Unsupported(f"no {engine} image for {vendor} devices is known: there are {', '.join(row['images'])}")
@@ -57,6 +59,7 @@ def service(engine: str, version: str, vendor: str) -> Service:
         programs=row.get("program", {}),
         key_environment=row.get("key_environment"),
         key_flag=row.get("key_flag"),
+        documentation=row["documentation"],
         health=row["health"],
     )
 

@@ -11,7 +11,10 @@
   cache.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from math import inf
 from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
@@ -223,29 +226,42 @@ def _layer_counts(
     tail = table.lm_head or table.embedding
     tail += table.mtp + table.mtp_experts + cache if mtp else 0
     rooms = [device.usable_bytes - backend_of(device).runtime.mid for device in devices]
-    low, high = 0.0, (sum(loads) + tail + vision_bytes) / max(1, min(rooms))
+    sums = list(accumulate(loads, initial=0))
+    ends = [0, *_fewest_filled(sums, rooms, vision_bytes, tail)[:-1], len(loads)]
+    return tuple(end - begin for begin, end in pairwise(ends))
+
+
+def _fewest_filled(sums: list[int], rooms: list[int], head: int, tail: int) -> list[int]:
+    """Where devices end at the smallest fraction of their rooms that holds every layer: halving, and from a fraction
+    that is too small on to the next at which anything changes."""
+    layers, loads = len(sums) - 1, sums[-1]
+    low, high = 0.999 * loads / max(1, sum(rooms)), (loads + head + tail) / max(1, min(rooms))
+    best, _ = _dealt(sums, rooms, high, head, tail)
     for _ in range(40):
         middle = (low + high) / 2
-        if sum(_dealt(loads, rooms, middle, vision_bytes, tail)) >= len(loads):
-            high = middle
-        else:
-            low = middle
-    counts = _dealt(loads, rooms, high, vision_bytes, tail)
-    counts[-1] = len(loads) - sum(counts[:-1])
-    return tuple(counts)
+        ends, next_fraction = _dealt(sums, rooms, middle, head, tail)
+        if ends[-1] == layers:
+            best, high = ends, middle
+            continue
+        low = next_fraction * (1 + 1e-13)
+        ends, _ = _dealt(sums, rooms, low, head, tail)
+        if ends[-1] == layers:
+            return ends
+    return best
 
 
-def _dealt(loads: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> list[int]:
-    """How many layers each device takes when none may be filled beyond a fraction of its room."""
-    counts = [0] * len(rooms)
-    layer = 0
+def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> tuple[list[int], float]:
+    """Behind which layer each device ends when none may be filled beyond a fraction of its room, and the next fraction
+    at which one would take a layer more. `sums` are the bytes of the layers before each."""
+    ends: list[int] = []
+    end, last, next_fraction = 0, len(rooms) - 1, inf
     for index, room in enumerate(rooms):
-        left = fraction * room - (head if index == 0 else 0) - (tail if index == len(rooms) - 1 else 0)
-        while layer < len(loads) and loads[layer] <= left:
-            left -= loads[layer]
-            counts[index] += 1
-            layer += 1
-    return counts
+        taken = (head if index == 0 else 0) + (tail if index == last else 0) - sums[end]
+        end = max(end, bisect_right(sums, fraction * room - taken) - 1)
+        ends.append(end)
+        if end + 1 < len(sums) and room > 0:
+            next_fraction = min(next_fraction, (sums[end + 1] + taken) / room)
+    return ends, next_fraction
 
 
 @dataclass(frozen=True, slots=True, eq=False)

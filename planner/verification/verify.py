@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 
-from ...profiles.errors import BadInput
+from ...profiles.errors import BadInput, install_hint
 from ...profiles.frozen import dataclass, replace
 from ...profiles.model_catalog import model
 from ..logs.engine_log import EngineLog, read_log_file
@@ -53,7 +53,7 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
     """Allocate, fill and decode with the bundled kernels. BadInput where it could not be tried; a run that ran out of
     memory is an answer."""
     if importlib.util.find_spec("torch") is None:
-        raise BadInput("a native run needs torch: pip install 'qwenfit[quant]', or verify in an engine with --engine")
+        raise BadInput(f"a native run needs torch: {install_hint('quant')}; or verify in an engine with --engine")
     if asked.binary or asked.port:
         raise BadInput("--binary and --port are for an engine: give --engine, or leave them out")
     plan = native.sliced(file.plan, asked.layers)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwenfit.cli.deploy import _text
+from qwenfit.cli.deploy import text_of
 from qwenfit.planner import Request, plan
 from qwenfit.planner.deployment.bundle import Speeds, bundle
 
@@ -35,6 +35,7 @@ ASKED: list[dict[str, Any]] = [
     {"model": "35b-a3b", "devices": ("2xh100-sxm",), "engine": "sglang", "seqs": 8},
     {"model": "397b", "devices": ("8xa100-80gb",), "nodes": 2, "engine": "vllm"},
     {"model": "397b", "devices": ("dgx-spark",), "nodes": 4, "engine": "vllm", "tp": 4, "mtp": 1},
+    {"model": "122b-a10b", "devices": ("dgx-spark",), "nodes": 3, "engine": "llama.cpp"},
     {"model": "397b", "devices": ("8xa100-80gb",), "nodes": 2, "dp": 2, "engine": "sglang", "seqs": 8},
 ]
 KUBERNETES = ("1.31", "1.34")
@@ -103,15 +104,15 @@ def test_every_reader_takes_its_file() -> None:
     for asked in ASKED:
         for name, document in bundle(plan(Request(**asked)).best, "0" * 64, Speeds()).files.items():
             if name.startswith("compose"):
-                texts["compose"].append(filled(_text(document)))
+                texts["compose"].append(filled(text_of(document)))
             elif name.startswith("kubernetes/") and "kustomization" not in name:
-                texts["kubernetes"].append(_text(document))
+                texts["kubernetes"].append(text_of(document))
             elif name.startswith("ray-serve"):
-                texts["ray"].append(_text(document))
+                texts["ray"].append(text_of(document))
     schema = os.environ.get("QWENFIT_COMPOSE_SCHEMA")
     told = {**texts, "compose_schema": schema, "lws": lws_schema(), "versions": KUBERNETES}
     done = subprocess.run([PYTHON, "-c", CHILD], input=json.dumps(told), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads(done.stdout.split("ANSWERS", 1)[1])
-    assert counts["compose"] == len(texts["compose"]) >= 13
-    assert counts["kubernetes"] >= 2 * 3 * len(ASKED) and counts["ray"] == len(texts["ray"]) == 2
+    assert counts["compose"] == len(texts["compose"]) >= 16
+    assert counts["kubernetes"] >= 2 * 3 * (len(ASKED) - 1) and counts["ray"] == len(texts["ray"]) == 2
