@@ -82,6 +82,16 @@ def chunk_tokens(engine: str, backend: str) -> int:
     return CHUNK_TOKENS.get(f"{engine}/{backend}") or CHUNK_TOKENS.get(engine, DEFAULT_CHUNK_TOKENS)
 
 
+def is_ggml(engine: str) -> bool:
+    """Whether several devices work together as in llama.cpp without NCCL, as it is released.
+
+    Tensor parallel, two have an all-reduce of their own (ggml-cuda, GGML_CUDA_ALLREDUCE=internal) that sends 16-bit
+    rows; more go through the butterfly of the meta backend. github.com/jdkruzr/qwen36-27b-5060ti-bench measured both:
+    prefill is 64 % faster by the former on two cards, and four cards are slower than two.
+    """
+    return RELATIVES.get(engine, engine) == "llama.cpp"
+
+
 def link_of(devices: tuple[Device, ...]) -> str:
     """How devices reach each other: `nvlink` (and AMD's fabric), or `pcie` through the host."""
     named = [device.interconnect or "" for device in devices]

@@ -46,6 +46,7 @@ class StepTime:
     expert_dp: int = 1  # replicas that share the routed experts
     expert_ranks: int = 1  # over which whole experts are dealt out
     experts_on_rank: int = 0
+    prompt_stages: int = 1  # that work on micro-batches of one prompt at the same time; decoding has one at a time
     image_pass_s: float = 0.0  # per image: the vision tower's weights and launches
     image_token_s: float = 0.0  # its arithmetic, per token of the image
     image_pair_s: float = 0.0  # and per pair of two of them
@@ -139,10 +140,11 @@ class StepTime:
         chunk_s = self._pass_s(chunk_tokens, 0, 0, 0) if whole else 0.0
         rest_s = self._pass_s(rest, 0, 0, 0) if rest else 0.0
         seconds = whole * chunk_s + rest_s + pairs * self.pair_s
-        if self.stages == 1 or whole + bool(rest) == 1:
+        stages = max(self.stages, self.prompt_stages)
+        if stages == 1 or whole + bool(rest) == 1:
             return seconds
         last_s = (rest_s or chunk_s) + min(rest or chunk_tokens, prompt_tokens) * prompt_tokens * self.pair_s
-        return seconds / self.stages + last_s * (self.stages - 1) / self.stages
+        return seconds / stages + last_s * (stages - 1) / stages
 
     def image_s(self, image_tokens: int) -> float:
         """Seconds of one image in the vision tower: added up as a prompt's are, and beside its tokens' prefill. That it
@@ -218,6 +220,7 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         expert_dp=work.expert_dp,
         expert_ranks=work.expert_ranks,
         experts_on_rank=work.experts_on_rank,
+        prompt_stages=work.prompt_stages,
         image_pass_s=work.vision_bytes / read + work.vision_layers * (factors.layer_s + factors.pass_s),
         image_token_s=work.vision_flops_per_token / (peak * factors.dense),
         image_pair_s=work.vision_flops_per_pair / (peak * factors.pair),

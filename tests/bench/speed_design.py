@@ -234,10 +234,18 @@ def _columns(seen: Sequence[Observation]) -> dict[str, list[float]]:
             passes = [run.chunk_tokens] * int(whole) + ([rest] if rest else [])
             pairs = tokens * run.row.get("prompt_depth_tokens", 0) + tokens * (tokens + 1) / 2
             seqs, last = 0, 0
-        distinct, count = sum(1 - (1 - w.expert_share) ** rows_in for rows_in in passes), len(passes)
+        # As `whole_prompt_s`: pipelined stages take a share of all passes but the last, which goes through all.
+        stages = w.prompt_stages if len(passes) > 1 else 1
+        shares = [1 / stages] * (len(passes) - 1) + [1.0]
+        pairs = pairs / stages + passes[-1] * tokens * (stages - 1) / stages if stages > 1 else pairs
+        distinct = sum(
+            share * (1 - (1 - w.expert_share) ** rows_in) for share, rows_in in zip(shares, passes, strict=True)
+        )
+        count = sum(shares)
         experts = w.expert_bytes + w.host_expert_bytes
         unpacked = w.expert_flops_per_row / (w.expert_share or 1.0) * w.expert_bytes / (experts or 1.0)
-        rows_all, bandwidth, peak = sum(passes), w.bandwidth_bytes_per_s, w.peak_flops_per_s
+        rows_all = sum(share * rows_in for share, rows_in in zip(shares, passes, strict=True))
+        bandwidth, peak = w.bandwidth_bytes_per_s, w.peak_flops_per_s
         context = seqs * run.row.get("depth_tokens", 0)
         rows.append(
             {
