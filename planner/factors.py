@@ -18,6 +18,8 @@ BACKENDS = {"nvidia": "cuda", "amd": "rocm", "intel": "vulkan", "apple": "metal"
 # What stands in for an engine of which little was published: Ollama runs llama.cpp's backends, ik_llama.cpp is a fork
 # of it, SGLang launches captured graphs of fused kernels as vLLM does, KTransformers has ggml's formats on the host.
 RELATIVES = {"ollama": "llama.cpp", "ik_llama.cpp": "llama.cpp", "sglang": "vllm", "ktransformers": "llama.cpp"}
+# Kernels of this project: what they reach says nothing of other engines on the same backend, nor the other way round.
+OWN = {"native/cpu"}
 # Tokens of a prompt per pass: llama.cpp -ub 512, vLLM's max_num_batched_tokens 2048 (a server's default for one user),
 # mlx-lm --prefill-step-size 2048, the native runtime's own (planner/engines/native.py).
 CHUNK_TOKENS = {"llama.cpp": 512, "ollama": 512, "ik_llama.cpp": 512, "native/cpu": 512}
@@ -99,11 +101,13 @@ def link_of(devices: tuple[Device, ...]) -> str:
 
 
 def chain(engine: str, backend: str, device: Device, weights: WeightFormat, is_moe: bool, link: str) -> tuple[str, ...]:
-    """Keys from the general to the particular. `+` a kind of model, `~` a format, `|` an architecture or a device."""
+    """Keys from the general to the particular, the first of which alone has a middle that is not nothing. `+` a kind of
+    model, `~` a format, `|` an architecture or a device."""
     relative = RELATIVES.get(engine, engine)
     group = f"{relative}/{backend}"
-    keys = ["", "+moe" if is_moe else "+dense", f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
-    keys += [f"{group}{keys[1]}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
+    kind = "+moe" if is_moe else "+dense"
+    keys = [group] if group in OWN else ["", kind, f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
+    keys += [f"{group}{kind}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
     if family_of(device) != device.architecture:
         keys.append(f"{group}|{family_of(device)}")
     if engine != relative:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, factors_of, total
+from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, OWN, factors_of, total
 from qwenfit.planner.measured import Run
 
 Terms = dict[str, dict[str, float]]  # kind -> key -> logarithm
@@ -107,11 +107,12 @@ def _kind(run: Run) -> str:
 
 
 def spread(kind: str, key: str) -> float:
-    return SPREAD[_level(key)] * (KIND_SPREAD.get(kind, 1.0) if key else 1.0)
+    level = _level(key)
+    return SPREAD[level] * (1.0 if level == "root" else KIND_SPREAD.get(kind, 1.0))
 
 
 def _level(key: str) -> str:
-    if not key:
+    if not key or key in OWN:
         return "root"
     for sign, level in (("|", "place"), ("~", "format"), ("=", "link")):
         if sign in key:
@@ -137,7 +138,7 @@ class Design:
         for kind in KINDS:
             keys = list(dict.fromkeys(key for one in seen for key in one.run.keys))
             has = np.array(
-                [[(key in one.run.keys and kind in one.kinds) or not key for key in keys] for one in seen], float
+                [[key in one.run.keys[: None if kind in one.kinds else 1] for key in keys] for one in seen], float
             )
             scaled = np.array(has, float) * np.array([spread(kind, key) for key in keys])
             self.shared[kind] = scaled @ scaled.T
@@ -212,11 +213,11 @@ class Design:
 
     def terms(self, rows: np.ndarray, loads: dict[str, np.ndarray]) -> Terms:
         """The terms behind the factors."""
-        found: Terms = {kind: {"": self.mean[kind]} for kind in KINDS}
+        found: Terms = {kind: dict.fromkeys(("", *OWN), self.mean[kind]) for kind in KINDS}
         for kind in KINDS:
             for row, load in zip(rows, loads[kind], strict=True):
                 one = self.seen[row]
-                for key in one.run.keys if kind in one.kinds else ("",):
+                for key in one.run.keys[: None if kind in one.kinds else 1]:
                     found[kind][key] = found[kind].get(key, 0.0) + spread(kind, key) ** 2 * float(load)
         return found
 
