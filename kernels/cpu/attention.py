@@ -114,14 +114,20 @@ def _attend(q: Tensor, cache: KVCache, slot: int, start: int, wide: torch.dtype)
     mixed = [torch.zeros_like(block) for block in blocks]
     top = [torch.full_like(block[..., :1], float("-inf")) for block in blocks]
     total = [torch.zeros_like(block[..., :1]) for block in blocks]
+    # Of one size in every call: what is taken and freed in many sizes leaves a heap with holes (runtime/heap.py).
+    tiles = [torch.empty(kv_heads, KEY_TOKENS, size, dtype=wide) for _ in range(2)]
+    products = torch.empty(QUERY_ROWS * heads * KEY_TOKENS, dtype=wide)
     for begin in range(0, start + tokens, KEY_TOKENS):
         seen = slice(begin, min(begin + KEY_TOKENS, start + tokens))
-        keys, values = (_cached(x, scales, slot, seen, wide) for x, scales in _cache_pairs(cache))
+        pairs = zip(_cache_pairs(cache), tiles, strict=True)
+        keys, values = (_cached(x, scales, slot, seen, tile) for (x, scales), tile in pairs)
         for number in range(max(0, begin - start) // QUERY_ROWS, len(blocks)):
             first = start + number * QUERY_ROWS
             last = min(first + QUERY_ROWS, start + tokens)
             reach = slice(0, min(seen.stop, last) - begin)  # no query of the block sees further
-            scores = torch.bmm(blocks[number], keys[:, reach].mT)
+            shape = (*blocks[number].shape[:2], reach.stop)
+            scores = products[: shape[0] * shape[1] * shape[2]].view(shape)
+            torch.bmm(blocks[number], keys[:, reach].mT, out=scores)
             if begin + reach.stop > first + 1:
                 unseen = torch.arange(begin, begin + reach.stop) > torch.arange(first, last)[:, None]
                 scores.view(kv_heads, -1, *unseen.shape).masked_fill_(unseen, float("-inf"))
@@ -140,8 +146,9 @@ def _cache_pairs(cache: KVCache) -> tuple[tuple[Tensor, Tensor | None], tuple[Te
     return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
 
 
-def _cached(stored: Tensor, scales: Tensor | None, slot: int, seen: slice, dtype: torch.dtype) -> Tensor:
-    rows = stored[slot, :, seen].to(dtype)
+def _cached(stored: Tensor, scales: Tensor | None, slot: int, seen: slice, tile: Tensor) -> Tensor:
+    """Keys or values of the tokens `seen`, [KV, tokens, D], as numbers: the beginning of `tile`."""
+    rows = tile[:, : seen.stop - seen.start].copy_(stored[slot, :, seen])
     return rows if scales is None else rows.mul_(scales[slot, :, seen, None])
 
 
