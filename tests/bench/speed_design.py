@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, OWN, factors_of, total
+from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, OWN, factors_of
 from qwenfit.planner.measured import Run
 
 Terms = dict[str, dict[str, float]]  # kind -> key -> logarithm
@@ -79,8 +79,8 @@ class Observation(NamedTuple):
             found += ("acceptance", "decay", "draft", "dense", "expert")
         return (*found, "host") if run.host_share else found
 
-    def predicted(self, logs: dict[str, float]) -> float:
-        factors = factors_of(logs)
+    def predicted(self, terms: Terms) -> float:
+        factors = factors_of(terms, self.run.keys)
         return self.run.prefill(factors) if self.kind == "prefill" else self.run.decode(factors)
 
 
@@ -287,5 +287,4 @@ def _advance(drafts: np.ndarray, odds: np.ndarray, decay_odds: np.ndarray) -> tu
 
 def error(one: Observation, terms: Terms) -> float:
     """log(predicted / measured)."""
-    logs = {kind: total(terms[kind], one.run.keys) for kind in KINDS}
-    return log(one.predicted(logs) / one.measured)
+    return log(one.predicted(terms) / one.measured)
