@@ -6,6 +6,7 @@ towards nothing as far as the runs behind it are few, so a device that nobody me
 engine or all of them share. `tests/bench/fit_speed.py` writes the file; nothing here is set by hand.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from math import exp
 
@@ -18,6 +19,8 @@ BACKENDS = {"nvidia": "cuda", "amd": "rocm", "intel": "vulkan", "apple": "metal"
 # What stands in for an engine of which little was published: Ollama runs llama.cpp's backends, ik_llama.cpp is a fork
 # of it, SGLang launches captured graphs of fused kernels as vLLM does, KTransformers has ggml's formats on the host.
 RELATIVES = {"ollama": "llama.cpp", "ik_llama.cpp": "llama.cpp", "sglang": "vllm", "ktransformers": "llama.cpp"}
+# Kernels of this project: what they reach says nothing of other engines on the same backend, nor the other way round.
+OWN = {"native/cpu"}
 # Tokens of a prompt per pass: llama.cpp -ub 512, vLLM's max_num_batched_tokens 2048 (a server's default for one user),
 # mlx-lm --prefill-step-size 2048, the native runtime's own (planner/engines/native.py).
 CHUNK_TOKENS = {"llama.cpp": 512, "ollama": 512, "ik_llama.cpp": 512, "native/cpu": 512}
@@ -44,16 +47,29 @@ class Factors:
     unpack: float  # of the float32 rate, for turning one weight into a product while decoding
     draft_s: float  # per draft step, beside reading its weights
     host_bytes_per_s: float  # at which experts in host memory are read
+    prompt_read: float  # `read`, `unpack` and `layer_s` of a pass with prompt rows
+    prompt_unpack: float
+    prompt_layer_s: float
 
 
 KINDS = (
     *("read", "kv", "unpack", "layer", "dense", "expert", "pair", "pass"),
     *("link", "wire", "acceptance", "decay", "draft", "host"),
 )
+# Of which a pass with prompt rows takes what all runs share: what a place does to prompts lies in the other kinds.
+# Pages held out were met better so than with what decoding teaches of a place, or with kinds of prompts' own.
+SHARED_BY_PROMPTS = ("read", "unpack", "layer")
 
 
-def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) -> Factors:
-    """From the sums of logarithms by kind: of seconds for what ends in _s, of the odds for `acceptance` and `decay`."""
+def factors_of(
+    table: Mapping[str, Mapping[str, float]], keys: tuple[str, ...], host_bytes_per_s: float | None = None
+) -> Factors:
+    """Sums along a chain of the logarithms in a table by kind: of seconds for what ends in _s, of the odds for
+    `acceptance` and `decay`."""
+    logs = {kind: total(table[kind], keys) for kind in KINDS}
+    prompts = {kind: total(table[kind], keys[:1]) for kind in SHARED_BY_PROMPTS}
+    for some in (logs, prompts):
+        some["read"] = min(some["read"], 0.0)  # terms add up; nothing reads more than the bandwidth
     return Factors(
         read=exp(logs["read"]),
         kv=exp(logs["kv"]),
@@ -69,6 +85,9 @@ def factors_of(logs: dict[str, float], host_bytes_per_s: float | None = None) ->
         unpack=exp(logs["unpack"]),
         draft_s=exp(logs["draft"]),
         host_bytes_per_s=exp(logs["host"]) * (host_bytes_per_s or HOST_BYTES_PER_S),
+        prompt_read=exp(prompts["read"]),
+        prompt_unpack=exp(prompts["unpack"]),
+        prompt_layer_s=exp(prompts["layer"]),
     )
 
 
@@ -82,6 +101,16 @@ def chunk_tokens(engine: str, backend: str) -> int:
     return CHUNK_TOKENS.get(f"{engine}/{backend}") or CHUNK_TOKENS.get(engine, DEFAULT_CHUNK_TOKENS)
 
 
+def is_ggml(engine: str) -> bool:
+    """Whether several devices work together as in llama.cpp without NCCL, as it is released.
+
+    Tensor parallel, two have an all-reduce of their own (ggml-cuda, GGML_CUDA_ALLREDUCE=internal) that sends 16-bit
+    rows; more go through the butterfly of the meta backend. github.com/jdkruzr/qwen36-27b-5060ti-bench measured both:
+    prefill is 64 % faster by the former on two cards, and four cards are slower than two.
+    """
+    return RELATIVES.get(engine, engine) == "llama.cpp"
+
+
 def link_of(devices: tuple[Device, ...]) -> str:
     """How devices reach each other: `nvlink` (and AMD's fabric), or `pcie` through the host."""
     named = [device.interconnect or "" for device in devices]
@@ -89,11 +118,14 @@ def link_of(devices: tuple[Device, ...]) -> str:
 
 
 def chain(engine: str, backend: str, device: Device, weights: WeightFormat, is_moe: bool, link: str) -> tuple[str, ...]:
-    """Keys from the general to the particular. `+` a kind of model, `~` a format, `|` an architecture or a device."""
+    """Keys from the general to the particular, the first of which alone has a middle that is not nothing. `+` a kind of
+    model, `~` a format, `|` an architecture or a device."""
     relative = RELATIVES.get(engine, engine)
     group = f"{relative}/{backend}"
-    keys = ["", "+moe" if is_moe else "+dense", f"={link}", backend, f"{backend}~{bits_of(weights)}", relative, group]
-    keys += [f"{group}{keys[1]}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
+    kind = "+moe" if is_moe else "+dense"
+    shared = ["", kind, f"={link}", backend, f"{backend}~{bits_of(weights)}", relative]
+    keys = [group] if group in OWN else [*shared, group]
+    keys += [f"{group}{kind}", f"{group}~{bits_of(weights)}", f"{group}|{device.architecture}"]
     if family_of(device) != device.architecture:
         keys.append(f"{group}|{family_of(device)}")
     if engine != relative:
@@ -131,12 +163,9 @@ def factors(
     engine: str, device: Device, weights: WeightFormat, is_moe: bool, link: str, host_bytes_per_s: float | None = None
 ) -> Factors:
     """The fitted factors of an engine on a device."""
-    table = fitted()["logs"]
     keys = chain(engine, backend_of(engine, device), device, weights, is_moe, link)
-    logs = {kind: total(table[kind], keys) for kind in KINDS}
-    logs["read"] = min(logs["read"], 0.0)  # terms add up; nothing reads more than the bandwidth
-    return factors_of(logs, host_bytes_per_s)
+    return factors_of(fitted()["logs"], keys, host_bytes_per_s)
 
 
-def total(terms: dict[str, float], keys: tuple[str, ...]) -> float:
+def total(terms: Mapping[str, float], keys: tuple[str, ...]) -> float:
     return sum([terms.get(key, 0.0) for key in keys])

@@ -10,7 +10,7 @@ from ..profiles.formats import WeightFormat, weight_format
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
 from ..profiles.model_catalog import model
-from .factors import Factors, backend_of, chain, chunk_tokens, family_of
+from .factors import Factors, backend_of, chain, chunk_tokens, family_of, is_ggml
 from .steps import StepTime, step_time
 from .work import Work, work
 
@@ -93,6 +93,7 @@ class Run:
             mtp=self.mtp,
             host_share=self.host_share,
             file_bytes=self.row.get("file_bytes"),
+            ggml=is_ggml(self.engine),
         )
 
     @cached_property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..profiles.errors import Unsupported
 from ..profiles.frozen import dataclass, replace
 from ..profiles.speed_data import fitted
-from .factors import RELATIVES, backend_of, chunk_tokens, factors, known, link_of
+from .factors import RELATIVES, backend_of, chunk_tokens, factors, is_ggml, known, link_of
 from .nearest import Case, nearest_case
 from .steps import StepTime
 from .steps import step_time as combined
@@ -182,6 +182,7 @@ def _step_time(engine: str, setup: "Setup", moved_share: float) -> StepTime:
         moved_share,
         dp=setup.expert_dp,
         ep=setup.ep,
+        ggml=is_ggml(engine),
     )
     step = combined(amount, found)
     if setup.nodes == setup.dp == 1:

@@ -35,7 +35,9 @@ class StepTime:
     context_s: float  # cache read per token of context of a decoding sequence
     seq_s: float  # state read and written per decoding sequence
     overhead_s: float  # per pass: launches and the engine's own work
-    prompt_s: float  # per pass with prompt rows, beside that: what no captured graph saves
+    prompt_dense_read_s: float  # the same three of a pass with prompt rows, the last with what no captured graph saves
+    prompt_expert_read_s: float
+    prompt_overhead_s: float
     link_s: float  # per pass: latency of the all-reduces
     link_row_s: float  # per row: their bytes
     draft_s: float = 0.0  # per pass with decoding sequences: all draft steps together
@@ -46,6 +48,7 @@ class StepTime:
     expert_dp: int = 1  # replicas that share the routed experts
     expert_ranks: int = 1  # over which whole experts are dealt out
     experts_on_rank: int = 0
+    prompt_stages: int = 1  # that work on micro-batches of one prompt at the same time; decoding has one at a time
     image_pass_s: float = 0.0  # per image: the vision tower's weights and launches
     image_token_s: float = 0.0  # its arithmetic, per token of the image
     image_pair_s: float = 0.0  # and per pair of two of them
@@ -88,15 +91,18 @@ class StepTime:
             distinct = 1.0 - (1.0 - self.expert_share) ** rows
         else:
             distinct = self._distinct(rows)
+        weights_s = self.dense_read_s + distinct * self.expert_read_s + self.overhead_s
+        if prefill_tokens:
+            of_prompts = self.prompt_dense_read_s + distinct * self.prompt_expert_read_s + self.prompt_overhead_s
+            weights_s = max(weights_s, of_prompts) if decode_seqs else of_prompts
         return (
-            self.dense_read_s
-            + distinct * (self.expert_read_s + self.host_read_s)
+            weights_s
+            + distinct * self.host_read_s
             + rows * self.row_s
             + decode_seqs * self.rows_per_seq * self.head_row_s
             + prefill_pairs * self.pair_s
             + decode_context_tokens * self.context_s
             + decode_seqs * self.seq_s
-            + (self.overhead_s + self.prompt_s if prefill_tokens else self.overhead_s)
             + self.link_s
             + rows * self.link_row_s
             + (self.draft_s if decode_seqs else 0.0)
@@ -112,14 +118,18 @@ class StepTime:
             tokens, pairs, seqs, context = self._part(prefill_tokens, prefill_pairs, decode_seqs, decode_context_tokens)
         rows = tokens + seqs * self.rows_per_seq
         distinct = self._distinct(rows)
+        weights_s = self.dense_read_s + distinct * self.expert_read_s, self.overhead_s
+        if prefill_tokens:
+            of_prompts = self.prompt_dense_read_s + distinct * self.prompt_expert_read_s, self.prompt_overhead_s
+            weights_s = max(weights_s, of_prompts, key=sum) if decode_seqs else of_prompts
         return {
-            "weight reads": self.dense_read_s + distinct * self.expert_read_s,
+            "weight reads": weights_s[0],
             "host memory": distinct * self.host_read_s,
             "compute": rows * self.row_s + seqs * self.rows_per_seq * self.head_row_s,
             "attention": pairs * self.pair_s,
             "kv reads": context * self.context_s,
             "state": seqs * self.seq_s,
-            "overhead": self.overhead_s + self.prompt_s if prefill_tokens else self.overhead_s,
+            "overhead": weights_s[1],
             "link": self.link_s + rows * self.link_row_s,
             "draft": self.draft_s if decode_seqs else 0.0,
         }
@@ -139,10 +149,11 @@ class StepTime:
         chunk_s = self._pass_s(chunk_tokens, 0, 0, 0) if whole else 0.0
         rest_s = self._pass_s(rest, 0, 0, 0) if rest else 0.0
         seconds = whole * chunk_s + rest_s + pairs * self.pair_s
-        if self.stages == 1 or whole + bool(rest) == 1:
+        stages = max(self.stages, self.prompt_stages)
+        if stages == 1 or whole + bool(rest) == 1:
             return seconds
         last_s = (rest_s or chunk_s) + min(rest or chunk_tokens, prompt_tokens) * prompt_tokens * self.pair_s
-        return seconds / self.stages + last_s * (self.stages - 1) / self.stages
+        return seconds / stages + last_s * (stages - 1) / stages
 
     def image_s(self, image_tokens: int) -> float:
         """Seconds of one image in the vision tower: added up as a prompt's are, and beside its tokens' prefill. That it
@@ -165,7 +176,9 @@ _SECONDS = (
     "context_s",
     "seq_s",
     "overhead_s",
-    "prompt_s",
+    "prompt_dense_read_s",
+    "prompt_expert_read_s",
+    "prompt_overhead_s",
     "link_s",
     "link_row_s",
     "draft_s",
@@ -188,28 +201,38 @@ def _together(read_s: float, unpack_s: float) -> float:
     return (read_s**4 + unpack_s**4) ** 0.25
 
 
-def step_time(work: Work, factors: Factors) -> StepTime:
-    """Work over what the devices reach of their rates."""
-    read = work.bandwidth_bytes_per_s * factors.read
-    peak = work.peak_flops_per_s
-    drafts = work.draft_tokens
-    draft_s = drafts * (work.draft_bytes / read + factors.draft_s) if drafts else 0.0
-    vector = work.vector_flops_per_s * factors.unpack
-    dense_s = (work.dense_bytes + work.head_bytes) / read, (work.dense_flops_per_row + work.head_flops_per_row) / vector
+def _weights_s(work: Work, read: float, unpack: float) -> tuple[float, float]:
+    """Seconds to read the weights of layers and head, and all routed experts on devices."""
+    bandwidth, vector = work.bandwidth_bytes_per_s * read, work.vector_flops_per_s * unpack
+    dense_flops = work.dense_flops_per_row + work.head_flops_per_row
     on_device = work.expert_bytes / ((work.expert_bytes + work.host_expert_bytes) or 1.0)
     expert_flops = work.expert_flops_per_row / (work.expert_share or 1.0) * on_device / work.expert_dp
+    dense_s = _together((work.dense_bytes + work.head_bytes) / bandwidth, dense_flops / vector)
+    return dense_s, _together(work.expert_bytes / bandwidth, expert_flops / vector)
+
+
+def step_time(work: Work, factors: Factors) -> StepTime:
+    """Work over what the devices reach of their rates."""
+    bandwidth, peak = work.bandwidth_bytes_per_s, work.peak_flops_per_s
+    read = bandwidth * factors.read
+    drafts = work.draft_tokens
+    draft_s = drafts * (work.draft_bytes / read + factors.draft_s) if drafts else 0.0
+    dense_read_s, expert_read_s = _weights_s(work, factors.read, factors.unpack)
+    prompt_dense_read_s, prompt_expert_read_s = _weights_s(work, factors.prompt_read, factors.prompt_unpack)
     return StepTime(
-        dense_read_s=_together(*dense_s),
-        expert_read_s=_together(work.expert_bytes / read, expert_flops / vector),
+        dense_read_s=dense_read_s,
+        expert_read_s=expert_read_s,
         host_read_s=work.host_expert_bytes / factors.host_bytes_per_s,
         expert_share=work.expert_share,
         row_s=(work.dense_flops_per_row / factors.dense + work.expert_flops_per_row / factors.expert) / peak,
         head_row_s=work.head_flops_per_row / (peak * factors.dense),
         pair_s=work.flops_per_pair / (peak * factors.pair),
-        context_s=work.kv_bytes_per_token / (work.bandwidth_bytes_per_s * factors.kv),
+        context_s=work.kv_bytes_per_token / (bandwidth * factors.kv),
         seq_s=work.state_bytes_per_seq / read,
         overhead_s=work.layers * factors.layer_s,
-        prompt_s=work.layers * factors.pass_s,
+        prompt_dense_read_s=prompt_dense_read_s,
+        prompt_expert_read_s=prompt_expert_read_s,
+        prompt_overhead_s=work.layers * (factors.prompt_layer_s + factors.pass_s),
         link_s=work.all_reduces * factors.link_s,
         link_row_s=work.link_bytes_per_row / (work.link_bytes_per_s * factors.wire) if work.all_reduces else 0.0,
         draft_s=draft_s,
@@ -218,7 +241,9 @@ def step_time(work: Work, factors: Factors) -> StepTime:
         expert_dp=work.expert_dp,
         expert_ranks=work.expert_ranks,
         experts_on_rank=work.experts_on_rank,
-        image_pass_s=work.vision_bytes / read + work.vision_layers * (factors.layer_s + factors.pass_s),
+        prompt_stages=work.prompt_stages,
+        image_pass_s=work.vision_bytes / (bandwidth * factors.prompt_read)
+        + work.vision_layers * (factors.prompt_layer_s + factors.pass_s),
         image_token_s=work.vision_flops_per_token / (peak * factors.dense),
         image_pair_s=work.vision_flops_per_pair / (peak * factors.pair),
     )

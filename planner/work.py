@@ -7,6 +7,7 @@ tensor-parallel rank of one stage, summed over the stages of a layer split, whic
 """
 
 from functools import lru_cache
+from math import log2
 from typing import Any
 
 from ..profiles.device import Device
@@ -61,7 +62,7 @@ class Work:
     expert_flops_per_row: float
     head_flops_per_row: float
     flops_per_pair: float  # of a query token and a token that it attends to, all full-attention layers
-    all_reduces: int  # per pass
+    all_reduces: int  # per pass; each phase of a butterfly is one
     link_bytes_per_row: float  # over one rank's link
     draft_tokens: int  # 0: no multi-token prediction
     draft_bytes: float  # read per draft step: the prediction layer (of its experts the routed ones) and lm_head
@@ -69,6 +70,7 @@ class Work:
     peak_flops_per_s: float
     vector_flops_per_s: float  # float32 outside matrix units
     link_bytes_per_s: float  # between devices, one direction; 0: one device
+    prompt_stages: int = 1  # that work on micro-batches of one prompt at the same time
     expert_dp: int = 1  # replicas that share the routed experts
     expert_ranks: int = 1  # over which whole experts are dealt out
     experts_on_rank: int = 0  # of those, on one
@@ -90,12 +92,17 @@ def work(
     file_bytes: float | None = None,
     dp: int = 1,
     ep: int = 1,
+    ggml: bool = False,
 ) -> Work:
     """Work per pass of `model` over `devices`, which come in stages of `tp` ranks.
 
     `host_share`: the fraction of the routed experts in host memory. `file_bytes`: what a file of that format really
     weighs, where that is known; everything is scaled to it. Raises Unsupported where `tp` does not divide the model.
-    The devices are those of one replica; `dp` of them share experts that lie over `ep` ranks (`weight_table`).
+    `ggml`: an engine of its devices. All-reduces over more than two ranks exchange whole float32 rows, log2(tp) times,
+    and do not pass parts of 16-bit rows around a ring (`factors.is_ggml`); micro-batches of a prompt follow one another
+    through the stages (llama.cpp `llama-context.cpp`, pipeline parallelism: every layer on a device, no tensor
+    elsewhere). The devices are those of one replica; `dp` of them share experts that lie over `ep` ranks
+    (`weight_table`).
     """
     table = weight_table(model, weights, tp) if dp == ep == 1 else weight_table(model, weights, tp, dp, ep)
     scale = file_bytes / _file_bytes(model, weights) if file_bytes else 1.0
@@ -107,6 +114,8 @@ def work(
     bandwidth, peak, vector = _pooled(devices, tp)
     kv_heads = max(1, model.num_key_value_heads // tp)
     element_bits = sum(KV_BITS.get(side, 16.0) for side in kv_dtype.split("/")) / len(kv_dtype.split("/"))
+    phases = log2(tp) if ggml and tp > 2 else 1.0
+    sent_bytes = 4 * phases if phases > 1 else 2 * 2 * (tp - 1) / tp
     state = STATE_BYTES[state_dtype] * model.state_elements
     state += CONV_BYTES * (model.linear_conv_kernel_dim - 1) * model.conv_dim
     return Work(
@@ -123,8 +132,9 @@ def work(
         expert_flops_per_row=flops.experts / tp,
         head_flops_per_row=flops.head / tp,
         flops_per_pair=model.full_attention_layers * 4 * model.num_attention_heads * model.head_dim / tp,
-        all_reduces=2 * model.num_layers if tp > 1 else 0,
-        link_bytes_per_row=2 * model.num_layers * 2 * model.hidden_size * 2 * (tp - 1) / tp,
+        all_reduces=round(2 * model.num_layers * phases) if tp > 1 else 0,
+        prompt_stages=len(devices) // tp if ggml and not host_share else 1,
+        link_bytes_per_row=2 * model.num_layers * model.hidden_size * sent_bytes,
         draft_tokens=mtp,
         draft_bytes=_draft_bytes(table, share, head_bytes) if mtp else 0.0,
         bandwidth_bytes_per_s=bandwidth,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenfit.planner.factors import KINDS, factors_of, total
+from qwenfit.planner.factors import factors_of
 from qwenfit.planner.measured import Run
 from qwenfit.profiles import speed_data
 
@@ -36,7 +36,7 @@ def test_the_model_says_what_was_scored():
     runs = {row["id"]: Run(row) for row in speed_data.runs()}
     for row in json.loads(HELD_OUT.read_text())["rows"]:
         run = runs[row["id"]]
-        factors = factors_of({kind: total(logs[kind], run.keys) for kind in KINDS})
+        factors = factors_of(logs, run.keys)
         planned = run.prefill(factors) if row["kind"] == "prefill" else run.decode(factors)
         assert planned == pytest.approx(row["fitted"], rel=1e-3), row["id"]
 

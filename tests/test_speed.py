@@ -165,6 +165,27 @@ def test_every_fitted_term_has_a_kind_and_every_plan_its_factors():
         assert known("llama.cpp", device(name)) in ("place", "engine", "nothing")
 
 
+def test_a_prompts_pass_reads_as_all_runs_share_it_and_decoding_as_its_place_does() -> None:
+    """The rule of `SHARED_BY_PROMPTS`; the fit scores exactly that (tests/test_accuracy.py)."""
+    table, link = fitted()["logs"], "pcie"
+    keys = chain("llama.cpp", "cuda", device("rtx3090"), BF16, False, link)
+    found = factors("llama.cpp", device("rtx3090"), BF16, False, link)
+    assert log(found.prompt_read) == pytest.approx(min(0.0, table["read"][""]))
+    assert log(found.read) == pytest.approx(min(0.0, sum(table["read"].get(key, 0.0) for key in keys)))
+    assert found.prompt_unpack == pytest.approx(exp(table["unpack"][""]))
+    assert found.prompt_layer_s == pytest.approx(exp(table["layer"][""]))
+    assert found.dense == pytest.approx(exp(sum(table["dense"].get(key, 0.0) for key in keys)))
+
+
+def test_kernels_of_this_project_share_nothing_with_other_engines() -> None:
+    """On a CPU; on a GPU nothing was measured of them, so they take what engines there share."""
+    processor, card = device("graviton4-12ch-384gb"), device("rtx3090")
+    alone = chain("native", "cpu", processor, BF16, False, "pcie")
+    assert alone[0] == "native/cpu" and all(key.startswith("native/cpu") for key in alone)
+    assert not set(alone) & set(chain("llama.cpp", "cpu", processor, BF16, False, "pcie"))
+    assert chain("native", "cuda", card, BF16, False, "pcie")[:4] == ("", "+dense", "=pcie", "cuda")
+
+
 def test_every_run_has_its_source_and_every_row_left_out_its_reason():
     ids = [row["id"] for row in (*runs(), *left_out())]
     assert len(set(ids)) == len(ids) > 300

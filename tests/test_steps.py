@@ -15,6 +15,7 @@ from qwenfit.planner.steps import CONSTITUENTS, StepTime, step_time
 from qwenfit.planner.work import _tower, work
 from qwenfit.profiles.device_names import device
 from qwenfit.profiles.formats import weight_format
+from qwenfit.profiles.frozen import replace
 from qwenfit.profiles.model_catalog import model
 
 STEP = StepTime(
@@ -28,7 +29,9 @@ STEP = StepTime(
     context_s=1e-8,
     seq_s=1e-5,
     overhead_s=1e-3,
-    prompt_s=3e-3,
+    prompt_dense_read_s=5e-3,
+    prompt_expert_read_s=7e-3,
+    prompt_overhead_s=3e-3,
     link_s=5e-4,
     link_row_s=1e-7,
     draft_s=2e-3,
@@ -48,7 +51,7 @@ def test_an_image_takes_its_bytes_and_flops():
     assert amount.vision_flops_per_token == 2 * (4 * per_patch + merger)
     assert amount.vision_flops_per_pair == 4 * 27 * 1152 * 16
     assert amount.vision_bytes == pytest.approx(2 * (per_patch + merger + 2304 * 1152), rel=1e-3)  # and biases
-    factors = Factors(0.5, 1.0, 0.4, 0.4, 0.25, 1e-6, 3e-6, 0.0, 1.0, 0.7, 1.0, 1.0, 0.0, 1e9)
+    factors = Factors(0.5, 1.0, 0.4, 0.4, 0.25, 1e-6, 3e-6, 0.0, 1.0, 0.7, 1.0, 1.0, 0.0, 1e9, 0.5, 1.0, 1e-6)
     read, peak = amount.bandwidth_bytes_per_s * 0.5, amount.peak_flops_per_s
     seconds = amount.vision_bytes / read + 27 * 4e-6 + 768 * amount.vision_flops_per_token / (0.4 * peak)
     seconds += 768**2 * amount.vision_flops_per_pair / (0.25 * peak)
@@ -111,6 +114,17 @@ def test_a_prompt_attends_to_all_before_it():
     """1,000 tokens behind 500: 1000 x 500 + 1000 x 1001 / 2 pairs, in two passes of 512 and 488."""
     passes = STEP.step_s(512, 0, 0, 0) + STEP.step_s(488, 0, 0, 0)
     assert STEP.whole_prompt_s(1000, 512, 500) == pytest.approx(passes + (500_000 + 500_500) * 1e-9)
+
+
+def test_a_pass_of_prompts_alone_has_weights_of_its_own_and_one_of_both_the_longer():
+    """4 + 8 ms and 1 ms of decoding against 5 + 7 ms and 3 ms of prompts, all experts read: 13 and 15 ms."""
+    arithmetic = 10**6 * (2e-5 + 1e-7) + 20e-3 + 5e-4
+    assert STEP.step_s(10**6, 0, 0, 0) == pytest.approx(15e-3 + arithmetic)
+    quick = replace(STEP, prompt_dense_read_s=0.0, prompt_overhead_s=0.0)
+    assert quick.step_s(10**6, 0, 0, 0) == pytest.approx(7e-3 + arithmetic)
+    rows = 10**6 * (2e-5 + 1e-7) + 4 * (2e-5 + 1e-6 + 1e-7) + 1e-5 + 2e-3
+    assert quick.step_s(10**6, 0, 1, 0) == pytest.approx(13e-3 + 20e-3 + 5e-4 + rows)
+    assert STEP.step_s(10**6, 0, 1, 0) == pytest.approx(15e-3 + 20e-3 + 5e-4 + rows)
 
 
 def test_scaled_scales_every_second():

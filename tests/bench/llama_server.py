@@ -252,7 +252,8 @@ def fitted(probes: dict[str, Any]) -> StepTime:
     base_s = one - each
     return StepTime(
         dense_read_s=0.0, expert_read_s=0.0, host_read_s=0.0, expert_share=0.0, row_s=row_s, head_row_s=0.0,
-        pair_s=pair_s, context_s=context_s, seq_s=each - row_s, overhead_s=base_s, prompt_s=0.0,
+        pair_s=pair_s, context_s=context_s, seq_s=each - row_s, overhead_s=base_s,
+        prompt_dense_read_s=0.0, prompt_expert_read_s=0.0, prompt_overhead_s=base_s,
         link_s=0.0, link_row_s=0.0,
     )  # fmt: skip
 

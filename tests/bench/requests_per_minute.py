@@ -16,7 +16,8 @@ from qwenfit.planner.workload import Lengths, Workload, lognormal
 
 STEP = StepTime(
     dense_read_s=0.0225, expert_read_s=0.0, host_read_s=0.0, expert_share=0.0, row_s=6e-5, head_row_s=5e-6,
-    pair_s=4e-10, context_s=5e-8, seq_s=6e-5, overhead_s=0.0015, prompt_s=0.0, link_s=0.0, link_row_s=0.0,
+    pair_s=4e-10, context_s=5e-8, seq_s=6e-5, overhead_s=0.0015,
+    prompt_dense_read_s=0.0225, prompt_expert_read_s=0.0, prompt_overhead_s=0.0015, link_s=0.0, link_row_s=0.0,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, factors_of, total
+from qwenfit.planner.factors import HOST_BYTES_PER_S, KINDS, OWN, factors_of
 from qwenfit.planner.measured import Run
 
 Terms = dict[str, dict[str, float]]  # kind -> key -> logarithm
@@ -33,17 +33,26 @@ START = {
     "unpack": log(0.2),
 }
 # Standard deviation of a term by what its key names, times `KIND_SPREAD`. Chosen once by the held-out error.
-SPREAD = {"root": 4.0, "model": 0.2, "link": 0.5, "backend": 1.0, "format": 0.3, "group": 0.3, "place": 0.35}
+SPREAD = {
+    "root": 4.0,
+    "model": 0.36,
+    "link": 0.5,
+    "backend": 1.0,
+    "format": 0.54,
+    "group": 0.54,
+    "place": 0.35,
+}
 KIND_SPREAD = {
-    "read": 0.7,
+    "read": 0.39,
     "kv": 1.5,
-    "dense": 1.5,
-    "expert": 1.5,
+    "dense": 0.72,
+    "expert": 2.7,
     "pair": 2.0,
     "layer": 3.0,
-    "pass": 1.0,
+    "pass": 1.8,
     "wire": 2.0,
-    "link": 2.0,
+    "link": 1.1,
+    "decay": 1.8,
 }
 NOISE = {"decode": 0.05, "mtp": 0.15, "prefill": 0.12, "offload": 0.25, "batch": 0.25}
 HUBER = 1.5
@@ -79,8 +88,8 @@ class Observation(NamedTuple):
             found += ("acceptance", "decay", "draft", "dense", "expert")
         return (*found, "host") if run.host_share else found
 
-    def predicted(self, logs: dict[str, float]) -> float:
-        factors = factors_of(logs)
+    def predicted(self, terms: Terms) -> float:
+        factors = factors_of(terms, self.run.keys)
         return self.run.prefill(factors) if self.kind == "prefill" else self.run.decode(factors)
 
 
@@ -107,11 +116,12 @@ def _kind(run: Run) -> str:
 
 
 def spread(kind: str, key: str) -> float:
-    return SPREAD[_level(key)] * (KIND_SPREAD.get(kind, 1.0) if key else 1.0)
+    level = _level(key)
+    return SPREAD[level] * (1.0 if level == "root" else KIND_SPREAD.get(kind, 1.0))
 
 
 def _level(key: str) -> str:
-    if not key:
+    if not key or key in OWN:
         return "root"
     for sign, level in (("|", "place"), ("~", "format"), ("=", "link")):
         if sign in key:
@@ -137,7 +147,7 @@ class Design:
         for kind in KINDS:
             keys = list(dict.fromkeys(key for one in seen for key in one.run.keys))
             has = np.array(
-                [[(key in one.run.keys and kind in one.kinds) or not key for key in keys] for one in seen], float
+                [[key in one.run.keys[: None if kind in one.kinds else 1] for key in keys] for one in seen], float
             )
             scaled = np.array(has, float) * np.array([spread(kind, key) for key in keys])
             self.shared[kind] = scaled @ scaled.T
@@ -212,11 +222,11 @@ class Design:
 
     def terms(self, rows: np.ndarray, loads: dict[str, np.ndarray]) -> Terms:
         """The terms behind the factors."""
-        found: Terms = {kind: {"": self.mean[kind]} for kind in KINDS}
+        found: Terms = {kind: dict.fromkeys(("", *OWN), self.mean[kind]) for kind in KINDS}
         for kind in KINDS:
             for row, load in zip(rows, loads[kind], strict=True):
                 one = self.seen[row]
-                for key in one.run.keys if kind in one.kinds else ("",):
+                for key in one.run.keys[: None if kind in one.kinds else 1]:
                     found[kind][key] = found[kind].get(key, 0.0) + spread(kind, key) ** 2 * float(load)
         return found
 
@@ -234,10 +244,18 @@ def _columns(seen: Sequence[Observation]) -> dict[str, list[float]]:
             passes = [run.chunk_tokens] * int(whole) + ([rest] if rest else [])
             pairs = tokens * run.row.get("prompt_depth_tokens", 0) + tokens * (tokens + 1) / 2
             seqs, last = 0, 0
-        distinct, count = sum(1 - (1 - w.expert_share) ** rows_in for rows_in in passes), len(passes)
+        # As `whole_prompt_s`: pipelined stages take a share of all passes but the last, which goes through all.
+        stages = w.prompt_stages if len(passes) > 1 else 1
+        shares = [1 / stages] * (len(passes) - 1) + [1.0]
+        pairs = pairs / stages + passes[-1] * tokens * (stages - 1) / stages if stages > 1 else pairs
+        distinct = sum(
+            share * (1 - (1 - w.expert_share) ** rows_in) for share, rows_in in zip(shares, passes, strict=True)
+        )
+        count = sum(shares)
         experts = w.expert_bytes + w.host_expert_bytes
         unpacked = w.expert_flops_per_row / (w.expert_share or 1.0) * w.expert_bytes / (experts or 1.0)
-        rows_all, bandwidth, peak = sum(passes), w.bandwidth_bytes_per_s, w.peak_flops_per_s
+        rows_all = sum(share * rows_in for share, rows_in in zip(shares, passes, strict=True))
+        bandwidth, peak = w.bandwidth_bytes_per_s, w.peak_flops_per_s
         context = seqs * run.row.get("depth_tokens", 0)
         rows.append(
             {
@@ -278,5 +296,4 @@ def _advance(drafts: np.ndarray, odds: np.ndarray, decay_odds: np.ndarray) -> tu
 
 def error(one: Observation, terms: Terms) -> float:
     """log(predicted / measured)."""
-    logs = {kind: total(terms[kind], one.run.keys) for kind in KINDS}
-    return log(one.predicted(logs) / one.measured)
+    return log(one.predicted(terms) / one.measured)
