@@ -16,6 +16,7 @@ from ..scores import score
 from ..speed import Interval
 from . import completions, native, servers
 from .completions import Answer
+from .other_work import OtherWork, noted
 from .process import MAX_OUTPUT_BYTES, OwnProcess
 from .verification import RateScore, Verification, at
 
@@ -63,6 +64,7 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
     tell(f"runs {servers.words_of(words)}")
     with TemporaryDirectory(prefix="qwenfit-verify-") as folder:
         output, errors = os.path.join(folder, "report.json"), asked.log or os.path.join(folder, "errors.txt")
+        other = OtherWork()
         with OwnProcess(words, {}, output, errors) as process:
             status = process.wait(asked.limit_s)
             if status is None:
@@ -86,7 +88,7 @@ def verify_native(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
             run.prefill_is_estimated,
         ),
     )
-    notes = list(_notes(file.plan, plan, run))
+    notes = [*_notes(file.plan, plan, run), *_noted(other)]
     if not asked.checkpoint and not _stored(plan):
         notes.append("weights were drawn at random, in the planned shapes and format: what they say means nothing")
     return _verification(file, plan, asked, command, run.log, rates, run.peak_bytes, notes)
@@ -105,6 +107,7 @@ def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
     with TemporaryDirectory(prefix="qwenfit-verify-") as folder:
         log = asked.log or os.path.join(folder, "engine.log")
         answers: list[Answer] = []
+        other = OtherWork()
         with OwnProcess(launch.words, launch.environment, log) as process:
             ready = _wait(process, launch, servers.rule(plan.engine).ready_path, asked.boot_limit_s, log)
             if ready:
@@ -119,7 +122,7 @@ def verify_engine(file: PlanFile, asked: Asked, tell: Tell) -> Verification:
         _refuse_flood(process)
         boot = _boot(plan, log, ended, ready)
     rates = _rates(plan, answers)
-    notes = [_requests(answers)] if answers else []
+    notes = [_requests(answers), *_noted(other)] if answers else []
     command = servers.words_of(launch.words, launch.environment)
     return _verification(file, plan, asked, command, boot, rates, process.peak_bytes, notes)
 
@@ -171,6 +174,11 @@ def _stored(plan: EnginePlan) -> str | None:
     """The folder that the plan itself was made from, where it has weights."""
     path = plan.setup.model.path
     return path if path and os.path.isdir(path) and plan.setup.model.stored else None
+
+
+def _noted(other: OtherWork) -> list[str]:
+    sentence = noted(other.share())
+    return [sentence] if sentence else []
 
 
 def _notes(whole: EnginePlan, plan: EnginePlan, run: native.NativeRun) -> list[str]:
