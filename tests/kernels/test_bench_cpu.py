@@ -8,6 +8,7 @@ import torch
 from qwenfit.kernels import bench_cpu
 from qwenfit.kernels.bench_cpu import Case, matmul_run, random_weight
 from qwenfit.kernels.cpu.library import cpu_library
+from qwenfit.kernels.cpu.matmul import quantized_matrix
 from qwenfit.kernels.reference.dense import quantized_matmul
 
 needs_compiler = pytest.mark.skipif(cpu_library().path != "c", reason="no C compiler: nothing of our own to measure")
@@ -29,11 +30,9 @@ def test_shares_are_of_bytes_read_in_the_same_round(monkeypatch: pytest.MonkeyPa
 @needs_compiler
 def test_a_run_multiplies_by_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[torch.Tensor] = []
-    kept = bench_cpu.quantized_matrix
-
     def seen(weight: Any, y: torch.Tensor) -> Any:
         results.append(y)
-        return kept(weight, y)
+        return quantized_matrix(weight, y)
 
     monkeypatch.setattr(bench_cpu, "quantized_matrix", seen)
     weights = [random_weight(32, 256, 4, 128) for _ in range(3)]
