@@ -30,6 +30,7 @@ def test_shares_are_of_bytes_read_in_the_same_round(monkeypatch: pytest.MonkeyPa
 @needs_compiler
 def test_a_run_multiplies_by_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[torch.Tensor] = []
+
     def seen(weight: Any, y: torch.Tensor) -> Any:
         results.append(y)
         return quantized_matrix(weight, y)
