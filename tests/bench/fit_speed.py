@@ -176,10 +176,6 @@ def main() -> None:
     _write(HELD_OUT, {"digest": digest(), "rows": rows})
 
 
-def _kept(terms: dict[str, float]) -> dict[str, float]:
-    return {key: round(term, 4) for key, term in terms.items() if abs(term) >= 5e-4}
-
-
 def digest() -> str:
     """Of the runs: an edit that was not fitted is noticed."""
     data = Path(speed_data.RUNS).read_bytes().replace(b"\r\n", b"\n")
