@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,7 +42,7 @@ from .recipe import Recipe
 from .recorder import Progress, Recorder, Result
 from .solve import Solved, round_to_nearest
 from .source import Source, open_source
-from .tasks import Aside, one_ahead
+from .tasks import Aside, one_ahead, one_thread_each
 from .weights import Weights
 from .workers import Here, RayCluster, workers_at
 
@@ -170,6 +170,7 @@ class _Job:
         self.recipe, self.result = self.layout.recipe, self.layout.result
         self.schemes, self.modules = self.layout.schemes, self.layout.modules
         self.weights = Weights(source, self.layout.found, device)
+        self.threads = torch.get_num_threads()
 
     @cached_property
     def text(self) -> Text | None:
@@ -206,7 +207,8 @@ class _Job:
         inside = [] if streams else [m for n in range(first, self.configuration.num_layers) for m in self._layer(n)]
         rounded = self._rounded([*inside, *outside])
         solver = LayerSolver(self.weights, recorder, self.schemes, method, workers)
-        with Aside() as saver:
+        # Without calibration this thread packs and writes; a team of its own would spin beside those that round.
+        with nullcontext() if streams else one_thread_each(self.device), Aside() as saver:
             if state is None:
                 self.result.copy()
                 self._save(recorder, journal, 0, streams, saver)
@@ -266,7 +268,8 @@ class _Job:
         weights = one_ahead(
             lambda block: self.weights.module(*block, is_checked=self.schemes[block[0].name].kind is not None), blocks
         )
-        return one_ahead(lambda found: self._round(*found[0], found[1]), zip(blocks, weights, strict=True))
+        work = zip(blocks, weights, strict=True)
+        return one_ahead(lambda found: self._round(*found[0], found[1]), work, self.threads)
 
     def _round(self, module: Module, rows: slice, weight: Tensor) -> Solved:
         order = self.result.orders.get(module.name)

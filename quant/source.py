@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.layout.checkpoint import DTYPES, FLOATS, read_tensor
+from ..kernels.layout.checkpoint import DTYPES, FLOATS
 from ..profiles.checkpoint import StoredTensor, read_folder, stored_tensors
 from ..profiles.errors import BadInput, Unsupported
 from ..profiles.json_file import read_json_object, short
 from ..profiles.model import Model
 from .hub import hub_folder
+from .uncached import read_once
 
 BLOCK_BYTES = 16 << 20
 # Sign and exponent aside, what is not finite has all exponent bits set: (integer of the same width, exponent mask).
@@ -71,7 +72,7 @@ class Source:
                 shape=(max(stop - start, 0), *place.shape[1:]),
             )
         try:
-            tensor = read_tensor(place)
+            tensor = read_once(place)
         except ValueError as error:
             raise BadInput(f"{error} ({short(name)}); the source changed while it was read") from error
         if is_checked:

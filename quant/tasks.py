@@ -33,10 +33,15 @@ class Tasks:
             future.result()
 
 
-def one_ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:
+def one_ahead(
+    function: Callable[[Argument], Value], arguments: Iterable[Argument], threads: int = 1
+) -> Iterator[Value]:
     """function(argument) for one argument after the other; while a value is in use the next one is on its way, in a
-    thread of its own: for reading. Two values are in memory at most."""
-    with ThreadPoolExecutor(1) as reader:
+    thread of its own: for reading. Two values are in memory at most.
+
+    threads: torch's there. With one, an operation beside other work does not wait for a team of threads, which spins.
+    """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as reader:
         coming: Future[Value] | None = None
         for argument in arguments:
             waiting, coming = coming, reader.submit(function, argument)

@@ -3,6 +3,7 @@
 from threading import Event
 
 import pytest
+import torch
 
 from qwenfit.quant.tasks import Aside, one_ahead
 
@@ -26,6 +27,13 @@ def test_an_error_comes_where_its_value_would() -> None:
     assert [next(values), next(values)] == [2, 3]
     with pytest.raises(ZeroDivisionError):
         next(values)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_has_its_own_number_of_threads_there(threads: int) -> None:
+    before = torch.get_num_threads()
+    assert list(one_ahead(lambda _: torch.get_num_threads(), range(3), threads)) == [threads] * 3
+    assert torch.get_num_threads() == before
 
 
 def test_one_call_is_aside_at_a_time() -> None:
