@@ -20,7 +20,7 @@ from .module_rules import KEPT, check_fused, covered
 from .quantized import Quantized, Scheme, exact_scales
 
 SCALE_DTYPE = torch.float16
-ROWS_APART = False
+ROWS_DIMENSION = 1
 _KEPT = ("in_proj_a", "in_proj_b", "in_proj_ba", "conv1d", "shared_expert_gate", "visual", "model.visual", "mtp")
 _FUSED = {
     "in_proj_qkv": "in_proj_qkvz",

@@ -18,7 +18,7 @@ from .module_rules import check_fused, kept_rules, named_rules
 from .quantized import Quantized, Scheme, exact_scales
 
 SCALE_DTYPE = torch.bfloat16
-ROWS_APART = True
+ROWS_DIMENSION = 0
 """Rows can be written on their own, eight at a time; the other formats pack along the inputs."""
 VERSION = "0.15.0"  # the oldest that reads what is written here
 

@@ -20,6 +20,9 @@ from .source import Source
 BLOCK_BYTES = 16 << 20
 """Of weights in 16 bits that are rounded at a time: several tasks for each thread, and small enough that the allocator
 hands the same pages out again (the system zeroes fresh ones, a third of all CPU time with 64 MB)."""
+STRIDED_BLOCK_BYTES = 128 << 20
+"""The same where a format stores the rows of a matrix as columns (ROWS_DIMENSION): each block is written in as many
+pieces as there are words in a row, so only a head is worth it."""
 FILES: dict[str, Any] = {"compressed-tensors": compressed_tensors_file, "gptq": gptq_file, "awq": awq_file}
 
 
@@ -78,25 +81,28 @@ class FolderResult:
                 self._open.copy(name, self.source)
 
     def write(self, module: Module, solved: Solved, first_row: int = 0) -> None:
-        """A solved module, or rows of it from `first_row` on (a multiple of 8) where the format keeps rows together."""
+        """A solved module, or rows of it from `first_row` on, a multiple of 8."""
         if not isinstance(solved.weight, Quantized):
             raise ValueError(f"{module.name} is encoded for GGUF")
         scheme = self.schemes[module.name]
         extra = {"activation_bits": scheme.activation_bits} if scheme.activation_bits else {}
+        dimension = self.file.ROWS_DIMENSION
         tensors = self.file.module_tensors(solved.weight, **extra)
         for name, _, shape in self._parts[module.name]:
             tensor = tensors[name.removeprefix(f"{module.name}.")]
             if name.endswith("weight_shape"):
                 self._open.write(name, tensor.new_tensor([module.rows, module.columns]))
-            else:  # zero points of several rows share a word
-                self._open.write(name, tensor, first_row * shape[0] // module.rows)
+            else:  # zero points of several rows share a word; the order of columns has no rows
+                start = first_row * shape[dimension] // module.rows if dimension < len(shape) else 0
+                self._open.write(name, tensor, start, dimension)
 
     def row_blocks(self, module: Module) -> Iterator[slice]:
-        """Rows that may be rounded and written on their own: all of them where the format packs across rows."""
-        if not self.file.ROWS_APART or module.expert is not None:
+        """Rows that may be rounded and written on their own."""
+        if module.expert is not None:
             yield slice(0, module.rows)
             return
-        step = max(8, BLOCK_BYTES // (2 * module.columns) // 8 * 8)
+        block_bytes = STRIDED_BLOCK_BYTES if self.file.ROWS_DIMENSION else BLOCK_BYTES
+        step = max(8, block_bytes // (2 * module.columns) // 8 * 8)
         for start in range(0, module.rows, step):
             yield slice(start, min(start + step, module.rows))
 

@@ -22,7 +22,7 @@ from .module_rules import check_fused, kept_rules, named_rules
 from .quantized import Quantized, Scheme, exact_scales
 
 SCALE_DTYPE = torch.float16
-ROWS_APART = False
+ROWS_DIMENSION = 1
 _ONES = {4: 0x11111111, 8: 0x01010101}
 
 

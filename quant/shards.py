@@ -68,20 +68,27 @@ class Shards:
         """Of all tensors: total_size of the index."""
         return sum(place[0].bytes for place in self._places.values())
 
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """A whole tensor, or rows of it from `start` on. Threads may write different tensors at once."""
+    def write(self, name: str, tensor: Tensor, start: int = 0, dimension: int = 0) -> None:
+        """A whole tensor, or rows of it from `start` on (dimension 0), or columns (dimension 1). Threads may write
+        different tensors at once."""
         if name not in self._places:
             raise ValueError(f"{name} is not among the tensors that were announced")
         entry, file, offset = self._places[name]
-        whole = (start + tensor.shape[0], *tensor.shape[1:]) if tensor.dim() else ()
-        if tensor.dtype != DTYPES[entry.dtype] or whole[1:] != entry.shape[1:] or whole[:1] > entry.shape[:1]:
+        if not _fits(entry, tensor, start, dimension):
             raise ValueError(
                 f"{name} was announced as {entry.dtype} {list(entry.shape)}, and is {tensor.dtype} "
-                f"{list(tensor.shape)} from row {start} on"
+                f"{list(tensor.shape)} from {'column' if dimension else 'row'} {start} on"
             )
-        row_bytes = entry.bytes // entry.shape[0] if entry.shape else 0
+        item_bytes = DTYPES[entry.dtype].itemsize
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        self.files[file].write(offset + start * row_bytes, data)
+        if dimension == 0 or tuple(tensor.shape) == entry.shape:
+            row_bytes = entry.bytes // entry.shape[0] if entry.shape else 0
+            self.files[file].write(offset + start * row_bytes, data)
+            return
+        rows, columns = tensor.shape
+        for row in range(rows):
+            piece = data[row * columns * item_bytes : (row + 1) * columns * item_bytes]
+            self.files[file].write(offset + (row * entry.shape[1] + start) * item_bytes, piece)
 
     def copy(self, name: str, source: Source) -> None:
         """A tensor of the source as it is, checked, in pieces of 16 MB: an embedding may be larger than the memory."""
@@ -109,6 +116,18 @@ class Shards:
         """Leaves everything as it is, for a later run with `resume`."""
         for file in self.files.values():
             file.close()
+
+
+def _fits(entry: Entry, tensor: Tensor, start: int, dimension: int) -> bool:
+    """Whether a tensor is the announced one, or a part of it from `start` on in that dimension."""
+    shape = tuple(tensor.shape)
+    if tensor.dtype != DTYPES[entry.dtype] or len(shape) != len(entry.shape):
+        return False
+    ends = [size + start * (number == dimension) for number, size in enumerate(shape)]
+    return all(
+        end <= most if number == dimension else end == most
+        for number, (end, most) in enumerate(zip(ends, entry.shape, strict=True))
+    )
 
 
 def draft_shards(folder: str, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:

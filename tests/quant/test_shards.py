@@ -112,6 +112,24 @@ def test_rows_by_themselves(tmp_path: Path) -> None:
     assert digests(tmp_path / "rows") == expected
 
 
+def test_columns_by_themselves(tmp_path: Path) -> None:
+    tensors = made()
+    expected = written(tmp_path / "whole", tensors, list(tensors))
+    (tmp_path / "columns").mkdir()
+    shards = Shards(str(tmp_path / "columns"), entries_of(tensors))
+    flat = 0
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2:
+            shards.write(name, tensor, dimension=1)
+            continue
+        flat += 1
+        for start in reversed(range(0, tensor.shape[1], 2)):
+            shards.write(name, tensor[:, start : start + 2], start, dimension=1)
+    assert flat
+    shards.finish()
+    assert digests(tmp_path / "columns") == expected
+
+
 def test_a_copy_is_the_source(checkpoint: Any, tmp_path: Path) -> None:
     source = open_source(str(checkpoint("qwen3_5_moe")))
     shards = Shards(str(tmp_path), [Entry(name, source.dtype(name), source.shape(name)) for name in source.names()])
@@ -131,5 +149,8 @@ def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
     for wrong, start in ((right.float(), 0), (right.T.contiguous(), 0), (right, 1), (right[0], 0)):
         with pytest.raises(ValueError, match=r"a was announced as BF16 \[4, 2\]"):
             shards.write("a", wrong, start)
+    for wrong, start in ((right, 1), (right[:3], 0), (right[:, :1].float(), 0)):
+        with pytest.raises(ValueError, match=r"a was announced as BF16 \[4, 2\].* from column"):
+            shards.write("a", wrong, start, dimension=1)
     with pytest.raises(ValueError, match="a is announced twice"):
         Shards(str(tmp_path), [Entry("a", "BF16", (4, 2)), Entry("a", "F32", (4, 2))])
