@@ -14,7 +14,7 @@ def order(scratch: list[int], default: int = 900, fixed: int | None = None) -> t
         fixed,
         lambda batch: 1000 - scratch[batch],
         lambda batch: 1000 - 2 * scratch[batch],
-        lambda choice: (choice.thousandths + scratch[choice.batch],),
+        lambda batch, thousandths: (thousandths + scratch[batch],),
     )
 
 
