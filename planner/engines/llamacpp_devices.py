@@ -15,6 +15,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import inf
+from operator import add, sub
 from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
@@ -117,7 +118,7 @@ def shares(
     table = weight_table(model, fmt, 1)
     cell = cell_bytes(model, k_type, v_type)
     experts = (0,) * moved + table.experts[moved:]
-    loads = tuple(layer + routed for layer, routed in zip(table.layers, experts, strict=True))
+    loads = tuple(map(add, table.layers, experts))
     counts = _layer_counts(model, table, loads, devices, cell, mtp, table.vision if vision else 0)
     quantized = k_type != "f16" or v_type != "f16"
     backends = {device: calibrated_backend(device, calibration, version) for device in dict.fromkeys(devices)}
@@ -242,7 +243,7 @@ def _fewest_filled(sums: list[int], rooms: list[int], head: int, tail: int) -> l
     A device that takes no more is filled up to less than one layer, so that every layer is held at the fraction which
     would hold one more per device."""
     layers, loads = len(sums) - 1, sums[-1]
-    room, most = max(1, sum(rooms)), max(after - before for before, after in pairwise(sums))
+    room, most = max(1, sum(rooms)), max(map(sub, sums[1:], sums))
     low, high = 0.999 * loads / room, (loads + head + tail) / max(1, min(rooms))
     high = min(high, 1.000001 * (loads + head + tail + len(rooms) * most) / room)
     for _ in range(40):
