@@ -123,7 +123,7 @@ def shares(
     quantized = k_type != "f16" or v_type != "f16"
     backends = {device: calibrated_backend(device, calibration, version) for device in dict.fromkeys(devices)}
     places: dict[tuple[str, bool, bool], Place] = {}  # devices that are alike share one
-    state = layer_state_bytes(model)
+    state, no_vision = layer_state_bytes(model), exactly(0)
     found: list[Share] = []
     first = 0
     for index, device in enumerate(devices):
@@ -131,6 +131,8 @@ def shares(
         layers = range(first, first + counts[index])
         attention = model.layer_types[layers.start : layers.stop].count("full_attention")
         backend = backends[device]
+        kind = backend.name, not index, last
+        place = places.get(kind) or places.setdefault(kind, _place(backend, index, last, quantized))
         weights = sum(loads[layers.start : layers.stop])
         if last:
             weights += table.norm + (table.lm_head or table.embedding)
@@ -150,9 +152,9 @@ def shares(
                 repacked_bytes=_repacked_bytes(model, fmt, mtp) if backend.name == "CPU" else 0,
                 cell_bytes=cell * (attention + (1 if mtp and last else 0)),
                 state_bytes=state * (len(layers) - attention),
-                place=places.setdefault((backend.name, not index, last), _place(backend, index, last, quantized)),
+                place=place,
                 draft=_draft_place(backend, quantized) if mtp and last else None,
-                vision=_vision_scratch(model.vision, image_tokens) if vision and index == 0 else exactly(0),
+                vision=_vision_scratch(model.vision, image_tokens) if vision and index == 0 else no_vision,
             )
         )
         first += counts[index]
