@@ -3,13 +3,23 @@
 from functools import lru_cache
 
 from ..planner import plan
+from ..planner.candidates import ENGINE_MODULES, engine_module
 from ..planner.offers import Offers, offers
 from ..planner.plan import Plan
 from ..planner.request import Request
+from ..planner.weights import weight_table
+from ..profiles.device_names import device
+from ..profiles.formats import weight_format
+from ..profiles.model_catalog import models
 from .page_guard import AT_ONCE, REPORT_WAIT_S, REPORTS_AT_ONCE, WAIT_S, Turns
-from .page_question import AUTO, Question
+from .page_question import AUTO, DeviceKeys, Question
 
 OFFERS_WANTED = 6
+TYPICAL = (  # one device; experts beside it and advice; several boxes
+    Question(),
+    Question(model="35b-a3b", devices=(DeviceKeys(name="rtx3060", count=2),), ctx_tokens=1_000_000, seqs=64),
+    Question(model="35b-a3b", devices=(DeviceKeys(name="rtx3060", count=2),), nodes=2),
+)
 
 
 class Desk:
@@ -20,9 +30,15 @@ class Desk:
         self.turns, self.reports = Turns(AT_ONCE, WAIT_S), Turns(REPORTS_AT_ONCE, REPORT_WAIT_S)
 
     def warm(self) -> None:
-        """The first question imports every engine, which takes longer than an answer may: asked before anybody asks."""
+        """What is the same for every question, before anybody asks: the engines' code, and each model's weights in
+        every format. The first questions would wait for it longer than for their answers."""
         self.offers(Question())
-        self.plan(Question())
+        for asked in TYPICAL:
+            self.plan(asked)
+        for one in models():
+            for engine in ENGINE_MODULES:
+                for name in engine_module(engine).weight_formats(one, device("b200")):  # which has every type
+                    weight_table(one, weight_format(name))
 
     def plan(self, question: Question) -> Plan:
         """`plan()`'s answer. This machine's memory changes, so questions about it are not remembered."""

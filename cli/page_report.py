@@ -23,6 +23,7 @@ FIXED = (  # of the question, under the names that the file has for them
 )
 MAX_USERS = 64
 THINK_S = 30
+IMAGE_TOKENS, IMAGE_SHARE = 768, 0.1  # one of 1024 x 768 with every tenth prompt
 LIMIT_S = 120.0
 SAYS, BUG = "qwen-plan: ", "a bug in qwenfit"
 COMMAND = (sys.executable, "-m", "qwenfit.cli.plan", "report", "workload.yaml", "--output")
@@ -30,14 +31,16 @@ COMMAND = (sys.executable, "-m", "qwenfit.cli.plan", "report", "workload.yaml", 
 
 def workload(request: Request) -> str:
     """The file for `qwen-plan report`: prompts around a twelfth of what the context leaves for them, a few four times
-    as long; answers of up to a thousand tokens; half a minute of reading. Raises BadInput where no report can be."""
+    as long; where images were asked for, one with every tenth; answers of up to a thousand tokens; half a minute of
+    reading. Raises BadInput where no report can be."""
     from yaml import safe_dump
 
     if request.seqs > MAX_USERS:
         raise BadInput(f"{request.seqs:,} users: the page simulates at most {MAX_USERS}; `qwen-plan report` more")
     if request.ctx_tokens < 16:
         raise BadInput(f"a context of {request.ctx_tokens} tokens has no room for a prompt and an answer")
-    longest = request.ctx_tokens * 3 // 4
+    image_tokens = min(IMAGE_TOKENS, request.ctx_tokens // 4) if request.vision else 0
+    longest = (request.ctx_tokens - image_tokens) * 3 // 4
     median = max(1, min(longest // 12, 4096))
     names = list(dict.fromkeys(request.devices))
     asked = {name: getattr(request, name) for name in FIXED if getattr(request, name) != getattr(PLAIN, name)}
@@ -54,7 +57,8 @@ def workload(request: Request) -> str:
             "users": request.seqs,
             "think_s": THINK_S,
             "prompt_tokens": {"median_tokens": median, "p95_tokens": 4 * median, "max_tokens": longest},
-            "output_tokens": {"min_tokens": 1, "max_tokens": min(request.ctx_tokens - longest, 1024)},
+            "output_tokens": {"min_tokens": 1, "max_tokens": min(request.ctx_tokens - image_tokens - longest, 1024)},
+            **({"images": {"size": image_tokens, "share": IMAGE_SHARE}} if image_tokens else {}),
         },
         "money": {"device_price_usd": {one.device.name: one.usd for one in price_list() if one.device.name in names}},
     }

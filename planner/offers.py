@@ -18,8 +18,9 @@ from ..profiles.model_catalog import model
 from ..profiles.speed_data import prices
 from .candidates import ENGINE_MODULES, engine_module
 from .plan import EnginePlan, Limits
-from .request import Request
-from .search import FOUR_BIT_DIVERGENCE, rank, search, variant
+from .request import Options, Request
+from .search import FOUR_BIT_DIVERGENCE, assumed_host_bytes, rank, search, variant
+from .weights import weight_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,15 @@ def offers(request: Request, device_count: int, wanted: int, patience_s: float |
         for engine in _engines(asked):
             if until is not None and monotonic() > until:
                 return Offers(tuple(found), False)
-            best = _plan_on(asked, _failing(at_any, engine, price.device.name, count), engine, price.device.name, count)
+            failing = _failing(at_any, engine, price.device.name, count)
+            if failing and asked.ctx_tokens >= failing[0]:
+                continue
+            if not _may_fit(asked, engine, price.device.name, count):
+                failing[:] = [asked.ctx_tokens]
+                continue
+            if until is not None and monotonic() > until:
+                return Offers(tuple(found), False)
+            best = _plan_on(asked, failing, engine, price.device.name, count)
             if best is not None:
                 plans.append(best)
         if plans:
@@ -108,8 +117,6 @@ def _engines(request: Request) -> tuple[str, ...]:
 def _plan_on(request: Request, failing: list[int], engine: str, name: str, count: int) -> EnginePlan | None:
     """The engine's best plan on so many of that device; None where it would not do. What does not do does not do at any
     longer context either: a slider that moves up asks about fewer and fewer devices."""
-    if failing and request.ctx_tokens >= failing[0]:
-        return None
     found = _search_on(request, engine, name, count)
     if found is None:
         failing[:] = [request.ctx_tokens]
@@ -122,21 +129,39 @@ def _failing(_request: Request, _engine: str, _name: str, _count: int) -> list[i
     return []
 
 
-@lru_cache(maxsize=4096)
-def _search_on(request: Request, engine: str, name: str, count: int) -> EnginePlan | None:
+@lru_cache(maxsize=16384)
+def _may_fit(request: Request, engine: str, name: str, count: int) -> bool:
     """Before the search through forty formats, which takes a hundred times as long where all fail: the smallest weights
     of four-bit quality. Where these do not fit, none do."""
-    asked = variant(request, devices=(name,) * count, engine=engine)
+    if request.weights:
+        return True
     try:
-        if not request.weights:
-            weights = _smallest_weights(request.model, engine.partition("@")[0], name)
-            if weights is None or not search(variant(asked, weights=weights)).fits:
-                return None
-        best = search(asked).best
+        weights = _smallest_weights(request.model, engine.partition("@")[0], name)
+        if weights is None or _is_hopeless(request.model, weights, engine, name, count, request.options):
+            return False
+        return search(variant(request, devices=(name,) * count, engine=engine, weights=weights)).fits
     except QwenfitError:  # the engine does not take this there
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _search_on(request: Request, engine: str, name: str, count: int) -> EnginePlan | None:
+    try:
+        best = search(variant(request, devices=(name,) * count, engine=engine)).best
+    except QwenfitError:
         return None
     good = bool(request.weights) or best.divergence <= FOUR_BIT_DIVERGENCE
     return best if best.fits and not best.tight and good else None
+
+
+def _is_hopeless(model_name: str, weights: str, engine: str, name: str, count: int, options: Options) -> bool:
+    """Whether the layers alone are larger than all memory there, so that no layout and no context need be looked at."""
+    asked, one = model(model_name), device(name)
+    room = count * max(one.memory_bytes, one.usable_bytes)
+    if asked.is_moe and engine_module(engine.partition("@")[0]).ENGINE.offloads and one.kind == "discrete":
+        room += options.host_memory_bytes or assumed_host_bytes((one,) * count) or 0
+    table = weight_table(asked, weight_format(weights))
+    return sum(table.layers) + sum(table.experts) > room
 
 
 @lru_cache(maxsize=4096)

@@ -132,7 +132,7 @@ def _best_of(
     ways = [options]
     if module.ENGINE.offloads and asked_model.is_moe:
         if options.host_memory_bytes is None:
-            assumed = _assumed_host_bytes(devices)
+            assumed = assumed_host_bytes(devices)
             ways = [_with_host(options, assumed) if assumed else options]
         if options.offload_experts is None:
             ways.insert(0, on_devices(options))
@@ -210,7 +210,7 @@ def on_devices(options: Options) -> Options:
 
 
 @lru_cache(maxsize=4096)
-def _assumed_host_bytes(devices: tuple[Device, ...]) -> int | None:
+def assumed_host_bytes(devices: tuple[Device, ...]) -> int | None:
     """Free host memory that is taken for granted beside devices with memory of their own."""
     if devices[0].kind != "discrete":
         return None

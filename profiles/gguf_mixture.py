@@ -156,6 +156,7 @@ _KINDS = {
 for _block in ("mlp", "experts", "shared_expert"):
     _KINDS.update({f"{_block}.{name}": "up" for name in ("gate_proj", "up_proj", "gate_up_proj")})
     _KINDS[f"{_block}.down_proj"] = "down"
+_VARYING = frozenset(("up", "down", "value"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,12 +203,29 @@ def _converted(tensor: Tensor, model: Model) -> Iterator[tuple[str, tuple[int, .
 def _typed(
     source: Tensor, role: str, shape: tuple[int, ...], rules: FileType, model: Model, first_layer: int, num_layers: int
 ) -> Iterator[GgufTensor]:
+    if not _varies(role, rules, model):
+        kind = _fallback(_type_of(role, rules, model, first_layer, num_layers), shape[-1])
+        yield GgufTensor(source, role, shape, source.layers, kind)
+        return
     by_type: dict[str, list[int]] = {}
     for layer in source.layers or (0,):
         kind = _fallback(_type_of(role, rules, model, first_layer + layer, num_layers), shape[-1])
         by_type.setdefault(kind, []).append(layer)
     for kind, layers in by_type.items():
         yield GgufTensor(source, role, shape, tuple(layers) if source.layers else (), kind)
+
+
+def _varies(role: str, rules: FileType, model: Model) -> bool:
+    """Whether some layers may have that tensor in another type than others."""
+    kind = _KINDS.get(role)
+    return kind in _VARYING and bool(_exceptions(kind, rules, model))
+
+
+def _exceptions(kind: str, rules: FileType, model: Model) -> Exceptions:
+    if kind == "value":
+        shared = model.num_attention_heads // model.num_key_value_heads
+        return rules.value if shared >= 4 else rules.value_few
+    return rules.up if kind == "up" else rules.down
 
 
 def _type_of(role: str, rules: FileType, model: Model, layer: int, num_layers: int) -> str:
@@ -222,13 +240,8 @@ def _type_of(role: str, rules: FileType, model: Model, layer: int, num_layers: i
         return rules.embedding or rules.base
     if rules.experts and role.startswith("experts."):
         return rules.experts
-    if kind in ("up", "down", "value"):
-        if kind == "value":
-            shared = model.num_attention_heads // model.num_key_value_heads
-            exceptions = rules.value if shared >= 4 else rules.value_few
-        else:
-            exceptions = rules.up if kind == "up" else rules.down
-        for where, type_name in exceptions:
+    if kind in _VARYING:
+        for where, type_name in _exceptions(kind, rules, model):
             if _holds(where, role, layer, num_layers, model.is_moe):
                 return type_name
         return rules.base

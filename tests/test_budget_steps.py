@@ -14,7 +14,7 @@ def order(scratch: list[int], default: int = 900, fixed: int | None = None) -> t
         fixed,
         lambda batch: 1000 - scratch[batch],
         lambda batch: 1000 - 2 * scratch[batch],
-        lambda choice: (choice.thousandths + scratch[choice.batch],),
+        lambda batch, thousandths: (thousandths + scratch[batch],),
     )
 
 
@@ -33,6 +33,26 @@ def test_a_smaller_batch_follows_and_never_takes_less() -> None:
 
 def test_a_fixed_fraction_is_the_only_one() -> None:
     assert order([20], fixed=990) == (Choice(0, 990, False),)
+
+
+def one_by_one(scratch: list[int], default: int) -> list[Choice]:
+    """Every step of every batch, from the last back: those that take no more than the one behind."""
+    every: list[Choice] = []
+    for batch, outside in enumerate(scratch):
+        limit, sure = 1000 - outside, 1000 - 2 * outside
+        start = max(10, min(default, sure))
+        steps = {sure, limit} if batch else {start, *range(start // 10 * 10 + 10, limit + 1, 10), sure, limit}
+        every += [Choice(batch, step, step <= sure) for step in sorted(steps)]
+    kept = [every.pop()]
+    for choice in reversed(every):
+        if choice.thousandths + scratch[choice.batch] <= kept[-1].thousandths + scratch[kept[-1].batch]:
+            kept.append(choice)
+    return kept[::-1]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.integers(100, 990))
+def test_halving_keeps_what_one_by_one_would(scratch: list[int], default: int) -> None:
+    assert list(order(scratch, default)) == one_by_one(scratch, default)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.integers(100, 990))

@@ -18,14 +18,19 @@ ASKED = "model=0.8b&gpu=rtx3060&n=1&ctx=4K&seqs=2&engine=llama.cpp&weights=q8_0"
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(16, 1_010_000), st.integers(1, page_report.MAX_USERS))
-def test_the_file_is_one_that_the_command_reads(tmp_path_factory: Any, ctx_tokens: int, users: int) -> None:
-    """Prompt and answer together stay within the context, and everything that was fixed stays fixed."""
-    request = Request("qwen3.5-9b", ("rtx3060", "rtx3090", "rtx3060"), ctx_tokens, users, "vllm", "int4", "fp8")
+@given(st.integers(16, 1_010_000), st.integers(1, page_report.MAX_USERS), st.sampled_from([None, False, True]))
+def test_the_file_is_one_that_the_command_reads(
+    tmp_path_factory: Any, ctx_tokens: int, users: int, vision: bool | None
+) -> None:
+    """Prompt, image and answer together stay within the context, and everything that was fixed stays fixed: with
+    images the tower is loaded and works."""
+    boxes = ("rtx3060", "rtx3090", "rtx3060")
+    request = Request("qwen3.5-9b", boxes, ctx_tokens, users, "vllm", "int4", "fp8", vision=vision)
     file: Path = tmp_path_factory.mktemp("w") / "workload.yaml"
     file.write_text(page_report.workload(request), encoding="utf-8")
     read = read_workload(str(file))
     assert read.workload.max_request_tokens <= ctx_tokens and read.workload.users == users
+    assert bool(read.request.vision) == read.workload.sees_images == bool(vision)
     for name in ("model", "ctx_tokens", "engine", "weights", "kv_dtype", "state_dtype"):
         assert getattr(read.request, name) == getattr(request, name)
     assert read.sites[0].devices == "2xrtx3060,1xrtx3090"

@@ -24,13 +24,15 @@ def choices(
     fixed: int | None,
     highest: Callable[[int], int],
     surest: Callable[[int], int],
-    totals: Callable[[Choice], Sequence[int]],
+    totals: Callable[[int, int], Sequence[int]],
 ) -> tuple[Choice, ...]:
     """Pairs in order of preference: the first batch from the default fraction up in hundredths, then the others at
     their highest fractions. `highest` and `surest` give the largest fraction of a batch that leaves room for the
-    expected and for the upper figures; `totals` what each device then holds, which never falls along the result.
+    expected and for the upper figures; `totals` what each device holds with a batch at a fraction: more at a larger
+    fraction, and never less along the result.
     """
-    found: list[Choice] = []
+    steps_of: list[list[int]] = []
+    surely: list[int] = []
     for batch in range(batches):
         limit, sure = highest(batch), surest(batch)
         if fixed is not None:
@@ -40,12 +42,26 @@ def choices(
         else:
             start = max(10, min(default, sure, limit))
             steps = sorted({start, *range(start // 10 * 10 + 10, limit + 1, 10), sure, limit})
-        found += [Choice(batch, step, step <= sure) for step in steps]
-    kept = [found.pop()]
-    least = totals(kept[0])
-    for choice in reversed(found):
-        taken = totals(choice)
-        if all(map(int.__le__, taken, least)):
-            kept.append(choice)
-            least = taken
-    return tuple(reversed(kept))
+        steps_of.append(steps)
+        surely.append(sure)
+    found: list[Choice] = []
+    least: Sequence[int] | None = None  # of what comes behind
+    for batch in reversed(range(batches)):
+        steps, sure = steps_of[batch], surely[batch]
+        count = len(steps) if least is None else _within(batch, steps, least, totals)
+        if count:
+            least = totals(batch, steps[0])
+            found = [Choice(batch, step, step <= sure) for step in steps[:count]] + found
+    return tuple(found)
+
+
+def _within(batch: int, steps: list[int], least: Sequence[int], totals: Callable[[int, int], Sequence[int]]) -> int:
+    """How many of the steps, which rise, leave every device with no more than `least`."""
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        if all(map(int.__le__, totals(batch, steps[middle]), least)):
+            low = middle + 1
+        else:
+            high = middle
+    return low

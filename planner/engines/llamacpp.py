@@ -300,7 +300,7 @@ class LlamaCppEstimate:
         return max(0, int(SPARE * usable) - layout.doubt_bytes[index] - need)
 
     def _pipeline_bytes(self, layout: Layout, index: int, question: Question) -> int:
-        if len(layout.shares) == 1 or layout.moved or not all(share.backend.pipelines for share in layout.shares):
+        if layout.moved or not layout.pipelines:
             return 0
         return self.batches.pipeline_bytes(layout.shares[index], question.tokens, question.seqs, question.cells)
 

@@ -21,6 +21,7 @@ class Batches:
     rotates: tuple[bool, bool]  # K and V, where their cache is quantized
     mtp: int
     _reserves: dict[tuple[int, int], tuple[Reserve, ...]] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[Batch, Place], tuple[Reserve, Reserve]] = field(default_factory=dict, repr=False)
 
     def tokens(self, cells: int, seqs: int) -> int:
         """Tokens of the largest batch, before it is rounded up to whole tokens per sequence."""
@@ -43,7 +44,11 @@ class Batches:
         found = self._reserves.get((tokens, seqs))
         if found is None:
             batch = self.batch(tokens, seqs)
-            all_of_them = [self._reserve(batch, share, share.place) for share in self.shares]
+            all_of_them: list[Reserve] = []
+            for index, share in enumerate(self.shares):
+                like = self.shares[index - 1]  # most devices of many hold the same part of the graph
+                same = index and share.place is like.place
+                all_of_them.append(all_of_them[-1] if same else self._reserve(batch, share, share.place))
             draft = self.shares[-1].draft
             if draft is not None:
                 all_of_them.append(reserve(self.model, self._draft_batch(batch), draft))
@@ -59,8 +64,12 @@ class Batches:
         return found
 
     def _copies_bytes(self, batch: Batch, share: Share, place: Place, cells: int) -> int:
-        kept = self._reserve(batch, share, pipelined(place)).buffer_bytes(cells)
-        return max(0, kept - self._reserve(batch, share, place).buffer_bytes(cells))
+        found = self._copies.get((batch, place))  # with several devices the share does not matter
+        if found is None:
+            found = self._reserve(batch, share, pipelined(place)), self._reserve(batch, share, place)
+            self._copies[batch, place] = found
+        kept, once = found
+        return max(0, kept.buffer_bytes(cells) - once.buffer_bytes(cells))
 
     def _reserve(self, batch: Batch, share: Share, place: Place) -> Reserve:
         """The buffer of one device; raised where fewer sequences would need more in all, because their batch is rounded

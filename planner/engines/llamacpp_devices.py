@@ -15,6 +15,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import inf
+from operator import add, sub
 from typing import TYPE_CHECKING
 
 from ...profiles.device import Device
@@ -117,16 +118,21 @@ def shares(
     table = weight_table(model, fmt, 1)
     cell = cell_bytes(model, k_type, v_type)
     experts = (0,) * moved + table.experts[moved:]
-    loads = tuple(layer + routed for layer, routed in zip(table.layers, experts, strict=True))
+    loads = tuple(map(add, table.layers, experts))
     counts = _layer_counts(model, table, loads, devices, cell, mtp, table.vision if vision else 0)
     quantized = k_type != "f16" or v_type != "f16"
+    backends = {device: calibrated_backend(device, calibration, version) for device in dict.fromkeys(devices)}
+    places: dict[tuple[str, bool, bool], Place] = {}  # devices that are alike share one
+    state, no_vision = layer_state_bytes(model), exactly(0)
     found: list[Share] = []
     first = 0
     for index, device in enumerate(devices):
         last = index == len(devices) - 1
         layers = range(first, first + counts[index])
         attention = model.layer_types[layers.start : layers.stop].count("full_attention")
-        backend = calibrated_backend(device, calibration, version)
+        backend = backends[device]
+        kind = backend.name, not index, last
+        place = places.get(kind) or places.setdefault(kind, _place(backend, index, last, quantized))
         weights = sum(loads[layers.start : layers.stop])
         if last:
             weights += table.norm + (table.lm_head or table.embedding)
@@ -145,10 +151,10 @@ def shares(
                 expert_copy_bytes=largest_expert_tensor_bytes(model, fmt) if moved and index == 0 else 0,
                 repacked_bytes=_repacked_bytes(model, fmt, mtp) if backend.name == "CPU" else 0,
                 cell_bytes=cell * (attention + (1 if mtp and last else 0)),
-                state_bytes=layer_state_bytes(model) * (len(layers) - attention),
-                place=_place(backend, index, last, quantized),
+                state_bytes=state * (len(layers) - attention),
+                place=place,
                 draft=_draft_place(backend, quantized) if mtp and last else None,
-                vision=_vision_scratch(model.vision, image_tokens) if vision and index == 0 else exactly(0),
+                vision=_vision_scratch(model.vision, image_tokens) if vision and index == 0 else no_vision,
             )
         )
         first += counts[index]
@@ -218,14 +224,15 @@ def _layer_counts(
     """Layers per device, in order: the fullest device is as empty as whole layers allow."""
     if len(devices) == 1:
         return (model.num_layers,)
-    cache = cell * BALANCED_AT_TOKENS
+    cache, state = cell * BALANCED_AT_TOKENS, layer_state_bytes(model)
     loads = [
-        layer + (cache if kind == "full_attention" else layer_state_bytes(model))
+        layer + (cache if kind == "full_attention" else state)
         for layer, kind in zip(weights, model.layer_types, strict=True)
     ]
     tail = table.lm_head or table.embedding
     tail += table.mtp + table.mtp_experts + cache if mtp else 0
-    rooms = [device.usable_bytes - backend_of(device).runtime.mid for device in devices]
+    room_of = {device: device.usable_bytes - backend_of(device).runtime.mid for device in dict.fromkeys(devices)}
+    rooms = [room_of[device] for device in devices]
     sums = list(accumulate(loads, initial=0))
     ends = [0, *_fewest_filled(sums, rooms, vision_bytes, tail)[:-1], len(loads)]
     return tuple(end - begin for begin, end in pairwise(ends))
@@ -233,34 +240,40 @@ def _layer_counts(
 
 def _fewest_filled(sums: list[int], rooms: list[int], head: int, tail: int) -> list[int]:
     """Where devices end at the smallest fraction of their rooms that holds every layer: halving, and from a fraction
-    that is too small on to the next at which anything changes."""
+    that is too small on to the next at which anything changes.
+
+    A device that takes no more is filled up to less than one layer, so that every layer is held at the fraction which
+    would hold one more per device."""
     layers, loads = len(sums) - 1, sums[-1]
-    low, high = 0.999 * loads / max(1, sum(rooms)), (loads + head + tail) / max(1, min(rooms))
-    best, _ = _dealt(sums, rooms, high, head, tail)
+    room, most = max(1, sum(rooms)), max(map(sub, sums[1:], sums))
+    low, high = 0.999 * loads / room, (loads + head + tail) / max(1, min(rooms))
+    high = min(high, 1.000001 * (loads + head + tail + len(rooms) * most) / room)
     for _ in range(40):
         middle = (low + high) / 2
         ends, next_fraction = _dealt(sums, rooms, middle, head, tail)
         if ends[-1] == layers:
-            best, high = ends, middle
+            high = middle
             continue
         low = next_fraction * (1 + 1e-13)
         ends, _ = _dealt(sums, rooms, low, head, tail)
         if ends[-1] == layers:
             return ends
-    return best
+    return _dealt(sums, rooms, high, head, tail)[0]
 
 
 def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: int) -> tuple[list[int], float]:
     """Behind which layer each device ends when none may be filled beyond a fraction of its room, and the next fraction
     at which one would take a layer more. `sums` are the bytes of the layers before each."""
     ends: list[int] = []
-    end, last, next_fraction = 0, len(rooms) - 1, inf
+    end, last, layers, next_fraction = 0, len(rooms) - 1, len(sums) - 1, inf
     for index, room in enumerate(rooms):
         taken = (head if index == 0 else 0) + (tail if index == last else 0) - sums[end]
-        end = max(end, bisect_right(sums, fraction * room - taken) - 1)
+        end = bisect_right(sums, fraction * room - taken, end + 1) - 1
         ends.append(end)
-        if end + 1 < len(sums) and room > 0:
-            next_fraction = min(next_fraction, (sums[end + 1] + taken) / room)
+        if end < layers and room > 0:
+            at = (sums[end + 1] + taken) / room
+            if at < next_fraction:
+                next_fraction = at
     return ends, next_fraction
 
 
@@ -273,6 +286,7 @@ class Layout:
     fixed_bytes: tuple[int, ...]
     seq_bytes: tuple[int, ...]
     doubt_bytes: tuple[int, ...]  # of what is fixed: from the expected figure to the upper end
+    pipelines: bool  # several devices, and all of their backends can
 
 
 def layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
@@ -313,4 +327,5 @@ def _layout(setup: Setup, found: tuple[Share, ...], moved: int) -> Layout:
             share.backend.runtime.high - share.backend.runtime.mid + share.vision.high - share.vision.mid
             for share in found
         ),
+        pipelines=len(found) > 1 and all(share.backend.pipelines for share in found),
     )

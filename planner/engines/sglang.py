@@ -205,10 +205,14 @@ def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], 
     table = rank_table(setup)
     layers = stage_layers(setup.model.num_layers, setup.pp)
     places, place_of_rank = unlike_ranks(setup)
+    ranks, fp4 = len(setup.devices), is_fp4(setup.weights)
+    context_of = {
+        device: scratch.outside(ranks, False, fp4 and capability(device) >= (10, 0), constants)
+        for device in dict.fromkeys(setup.devices)
+    }
     stations: list[Station] = []
     for stage, device in places:
-        fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
-        context = scratch.outside(len(setup.devices), False, fp4, constants)
+        context = context_of[device]
         safe_fraction = device.safe_fraction or 1
         stations.append(
             Station(

@@ -84,10 +84,12 @@ class SglangEstimate:
         peak = max(active.peak[bound] + active.unprofiled[bound], seqs * self.row_bytes[bound])
         return peak + active.held[bound] + self.workspace_bytes
 
-    def _outside_bytes(self, station: Station, chunk: int, bound: int) -> int:
-        """Room that is kept whatever the sequences: for the largest decode batch that SGLang captures by default."""
+    def _outside_bytes(self, chunk: int, bound: int) -> tuple[int, ...]:
+        """Per station, room that is kept whatever the sequences: for the largest decode batch that SGLang captures by
+        default."""
+        active = self._active_bytes(self.largest_decode_batch, chunk, bound)
         graphs = self._graph_bytes(self.largest_decode_batch, chunk, bound)
-        return int(station.context[bound] + self._active_bytes(self.largest_decode_batch, chunk, bound) + graphs)
+        return tuple(int(station.context[bound] + active + graphs) for station in self.stations)
 
     @cached_property
     def _choices(self) -> tuple[Choice, ...]:
@@ -102,17 +104,16 @@ class SglangEstimate:
 
     def _highest_thousandths(self, chunk: int, bound: int) -> int:
         room = min(
-            (station.reach_bytes - self._outside_bytes(station, chunk, bound)) / station.free_bytes
-            for station in self.stations
+            (station.reach_bytes - outside) / station.free_bytes
+            for station, outside in zip(self.stations, self._outside_bytes(chunk, bound), strict=True)
         )
         return max(10, min(990, int(room * 1000)))
 
-    def _totals(self, choice: Choice) -> tuple[int, ...]:
+    def _totals(self, chunk: int, thousandths: int) -> tuple[int, ...]:
         """What is taken for one sequence; more of them add graphs and rows to every choice alike."""
+        active, graphs = self._active_bytes(1, chunk, MID), int(self._graph_bytes(1, chunk, MID))
         return tuple(
-            station.free_bytes * choice.thousandths // 1000
-            + int(station.context[MID] + self._active_bytes(1, choice.batch, MID))
-            + int(self._graph_bytes(1, choice.batch, MID))
+            station.free_bytes * thousandths // 1000 + int(station.context[MID] + active) + graphs
             for station in self.stations
         )
 
@@ -129,10 +130,8 @@ class SglangEstimate:
     def _overdrawn_bytes(self) -> int:
         last = self._choices[-1]
         return max(
-            station.free_bytes * last.thousandths // 1000
-            + self._outside_bytes(station, last.batch, MID)
-            - station.reach_bytes
-            for station in self.stations
+            station.free_bytes * last.thousandths // 1000 + outside - station.reach_bytes
+            for station, outside in zip(self.stations, self._outside_bytes(last.batch, MID), strict=True)
         )
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:

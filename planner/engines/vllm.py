@@ -258,9 +258,15 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = rank_table(setup)
     places, place_of_rank = unlike_ranks(setup)
+    ranks, fp4 = len(setup.devices), is_fp4(setup.weights)
+    outside_of = {
+        device: scratch.outside(
+            ranks, uses_flashinfer(device, setup.kv_dtype), fp4 and capability(device) >= (10, 0), constants
+        )
+        for device in dict.fromkeys(setup.devices)
+    }
     stations: list[Station] = []
     for stage, device in places:
-        fp4 = is_fp4(setup.weights) and capability(device) >= (10, 0)
         safe_fraction = device.safe_fraction or 1
         stations.append(
             Station(
@@ -269,7 +275,7 @@ def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[St
                 block_bytes=cut.stage_bytes_per_block[stage],
                 total_bytes=device.usable_bytes,
                 reach_bytes=int(device.usable_bytes * safe_fraction),
-                outside=scratch.outside(len(setup.devices), uses_flashinfer(device, setup.kv_dtype), fp4, constants),
+                outside=outside_of[device],
             )
         )
     return tuple(stations), place_of_rank

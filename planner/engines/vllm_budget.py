@@ -114,10 +114,9 @@ class VllmEstimate:
         )
         return max(10, min(990, int(room * 1000)))
 
-    def _totals(self, choice: Choice) -> tuple[int, ...]:
+    def _totals(self, batch: int, thousandths: int) -> tuple[int, ...]:
         return tuple(
-            station.requested_bytes(choice.thousandths) + self._outside_bytes(station, choice.batch, MID)
-            for station in self.stations
+            station.requested_bytes(thousandths) + self._outside_bytes(station, batch, MID) for station in self.stations
         )
 
     @cached_property
@@ -131,7 +130,8 @@ class VllmEstimate:
     @cached_property
     def _overdrawn_bytes(self) -> int:
         """What is missing outside the largest budget: above 0 where it was fixed too high, or on a tiny device."""
-        totals = self._totals(self._choices[-1])
+        last = self._choices[-1]
+        totals = self._totals(last.batch, last.thousandths)
         return max(total - station.reach_bytes for total, station in zip(totals, self.stations, strict=True))
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:

@@ -11,6 +11,7 @@ All bytes are those of one tensor-parallel rank. This file knows no devices and 
 """
 
 from functools import lru_cache
+from itertools import accumulate
 
 from ...profiles.errors import BadInput, UnknownName, Unsupported
 from ...profiles.frozen import dataclass
@@ -107,13 +108,13 @@ def check_tensor_parallel(model: Model, tp: int) -> None:
         )
 
 
+@lru_cache(maxsize=1024)
 def stage_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     """Layers of each pipeline stage: what does not divide goes to the stages before the last (`get_pp_indices`)."""
     sizes = [num_layers // pp] * pp
     for extra in range(num_layers % pp):
         sizes[-2 - extra] += 1
-    ends = [sum(sizes[: stage + 1]) for stage in range(pp)]
-    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    return tuple(range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,8 @@
     python tests/bench/page_moves.py [--places 81] [--only 397b]
 
 Starts `qwen-plan serve`, walks the context slider up and down again for each question as one browser does (an answer,
-then looks through the devices that would do until they are complete), and prints milliseconds. Budget: 100 for each.
+then looks through the devices that would do until they are complete), and prints milliseconds; `first` is what
+nobody had asked about before. Budget: 100 for each.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def main() -> None:
     try:
         client = Client(started.stdout.readline().strip())
         client.took_s("/")  # the page itself: the server has started once it is there
-        print(f"{'question':64} {'what':7} {'asked':>6} {'median':>7} {'95 %':>6} {'slowest':>8}")
+        print(f"{'question':64} {'what':7} {'asked':>6} {'median':>7} {'95 %':>6} {'slowest':>8} {'first':>6}")
         for question in QUESTIONS:
             if asked.only in question:
                 tell(question, list(walk(client, question, asked.places)))
@@ -98,9 +99,13 @@ def main() -> None:
 
 def tell(question: str, found: list[tuple[str, float]]) -> None:
     for what in ("answer", "offers", "api"):
-        took = sorted(1000 * spent_s for kind, spent_s in found if kind == what)
+        in_turn = [1000 * spent_s for kind, spent_s in found if kind == what]
+        took = sorted(in_turn)
         middle, late = took[len(took) // 2], took[int(len(took) * 0.95)]
-        print(f"{question:64} {what:7} {len(took):6} {middle:7.0f} {late:6.0f} {took[-1]:8.0f}", flush=True)
+        print(
+            f"{question:64} {what:7} {len(took):6} {middle:7.0f} {late:6.0f} {took[-1]:8.0f} {in_turn[0]:6.0f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
