@@ -8,14 +8,14 @@
 
 #define WORD_MAX 32767.0f
 
-/* One block of one row: x[8] are its 128 columns. */
-INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v16f *x)
+/* One block of one row: its 128 columns. */
+INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
 {
     int64_t streams = out->rows * out->planes;
     v16f largest = f_zero(), trap = f_zero();
     for (int i = 0; i < 8; i++) {
-        largest = f_max(largest, f_abs(x[i]));
-        trap = f_fma(x[i], f_zero(), trap); /* not a number as soon as one of them is infinite or none */
+        largest = f_max(largest, f_abs(columns[i]));
+        trap = f_fma(columns[i], f_zero(), trap); /* not a number as soon as one of them is infinite or none */
     }
     float amax = f_reduce_max(largest), poison = f_sum(trap), scale = 0, inverse = 0;
     uint32_t exponent;
@@ -26,20 +26,26 @@ INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v1
         memcpy(&scale, &power, 4), memcpy(&inverse, &reciprocal, 4);
     }
     v16f rest[8];
-    for (int i = 0; i < 8; i++) rest[i] = x[i];
+    for (int i = 0; i < 8; i++) rest[i] = columns[i];
     for (int64_t plane = 0; plane < out->planes; plane++) {
         int64_t stream = row * out->planes + plane;
         int16_t *words = out->words + (block * streams + stream) * BLOCK;
-        for (int i = 0; i < 8; i++) {
-            v16i word = i_from_f(f_max(f_min(f_mul(rest[i], f_set1(inverse)), f_set1(WORD_MAX)), f_set1(-WORD_MAX)));
-            w_store_i(words + 16 * i, word);
-            rest[i] = f_fma(f_from_i(word), f_set1(-scale), rest[i]);
+        v16i pairs[4]; /* not read back from memory: a load across two stores would wait for both */
+        for (int i = 0; i < 4; i++) {
+            v16i word[2];
+            for (int k = 0; k < 2; k++) {
+                v16f *x = rest + 2 * i + k;
+                word[k] = i_from_f(f_max(f_min(f_mul(*x, f_set1(inverse)), f_set1(WORD_MAX)), f_set1(-WORD_MAX)));
+                *x = f_fma(f_from_i(word[k]), f_set1(-scale), *x);
+            }
+            pairs[i] = w_pair(word[0], word[1]);
+            i_store(words + 32 * i, pairs[i]);
         }
         out->scales[block * streams + stream] = scale + poison;
         const v16i ones = i_set1(0x00010001), minus = i_set1((int32_t)-out->lane_factor);
         v16i lanes = i_zero();
         for (int nibble = 0; nibble < 4; nibble++) {
-            lanes = w_dot(lanes, i_load(words + 32 * nibble), ones);
+            lanes = w_dot(lanes, pairs[nibble], ones);
             int per_part = 4 / (int)out->parts;
             if ((nibble + 1) % per_part == 0) {
                 int64_t part = nibble / per_part;

@@ -88,7 +88,7 @@ static int64_t matmul_scratch_bytes(const Matmul *op)
     if (op->x) {
         int64_t streams = op->x->rows * op->x->planes;
         gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
-        gemv = (GEMV_GROUP + 1) * op->x->blocks * op->x->parts * 16 * 4;
+        gemv = GEMV_TABLE_ROWS * op->x->blocks * op->x->parts * 4;
         for (int64_t i = 0, most = 0; i < op->count; i++) {
             int64_t words = scale_words(matrix_groups(op->matrices + i), TILE_ROWS * op->task_tiles);
             if (words > most) gemv += (words - most) * 4, most = words;

@@ -69,10 +69,10 @@ INLINE v16i w_load_bytes(const int8_t *p)
     return (v16i){_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)),
                   _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1))};
 }
-INLINE void w_store_i(int16_t *p, v16i x)
+INLINE v16i w_pair(v16i x, v16i y)
 {
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
-    _mm256_storeu_si256((__m256i *)p, packed);
+    return (v16i){_mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8),
+                  _mm256_permute4x64_epi64(_mm256_packs_epi32(y.a, y.b), 0xD8)};
 }
 INLINE v16i i_load_bytes(const int8_t *p)
 {

@@ -55,9 +55,12 @@ INLINE v16i w_dot(v16i c, v16i a, v16i b)
 #endif
 }
 
-/* 32 signed bytes -> 32 int16, and 16 int32 of int16 range -> 16 int16 in memory. */
+/* 32 signed bytes -> 32 int16, and twice 16 int32 of int16 range -> 32 int16. */
 INLINE v16i w_load_bytes(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE void w_store_i(int16_t *p, v16i a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(a)); }
+INLINE v16i w_pair(v16i a, v16i b)
+{
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi32_epi16(a)), _mm512_cvtsepi32_epi16(b), 1);
+}
 INLINE v16i i_load_bytes(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE void i_store_bytes(int8_t *p, v16i a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(a)); }
 INLINE v16i i_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }

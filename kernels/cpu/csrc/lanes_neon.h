@@ -76,9 +76,14 @@ INLINE v16i w_dot(v16i c, v16i x, v16i y)
 }
 
 INLINE v16i w_load_bytes(const int8_t *p) { EACH(v16i, vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p + 8 * k)))); }
-INLINE void w_store_i(int16_t *p, v16i x)
+INLINE int32x4_t w_narrow(int32x4_t a, int32x4_t b)
 {
-    for (int k = 0; k < 4; k++) vst1_s16(p + 4 * k, vqmovn_s32(x.v[k]));
+    return vreinterpretq_s32_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)));
+}
+INLINE v16i w_pair(v16i x, v16i y)
+{
+    return (v16i){{w_narrow(x.v[0], x.v[1]), w_narrow(x.v[2], x.v[3]), w_narrow(y.v[0], y.v[1]),
+                   w_narrow(y.v[2], y.v[3])}};
 }
 INLINE v16i i_load_bytes(const int8_t *p)
 {

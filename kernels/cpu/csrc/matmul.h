@@ -20,6 +20,13 @@
 #define GEMV_TOKENS 8
 #define GEMV_GROUP 4
 #define PANEL_BLOCKS 32
+#define GEMV_MOST_ROWS 64
+/* Words of the tables for a group of 128 columns at most: one stream's factors and zeros for GEMV_MOST_ROWS (128), or
+ * GEMV_GROUP streams' factors and the zeros for 16 rows (80). */
+#define GEMV_TABLE_ROWS (2 * GEMV_MOST_ROWS)
+/* Rows of up to so many bytes are read 64 at a time in place of 16: runs of 4 rows would be shorter than a page, and
+ * two streams in one page are more than the processor's prefetcher follows (docs/cpu.md). */
+#define SHORT_ROW_BYTES 1024
 
 INLINE int64_t matrix_groups(const Matrix *m) { return (m->columns + m->group_size - 1) / m->group_size; }
 /* Scales and zero points of so many rows, float32 at most. */
@@ -48,47 +55,47 @@ INLINE void unpack_block(int bits, const char *p, v16i *w)
 }
 
 /* Where the codes lie that are wanted AHEAD_BYTES after those of `row`, in the order in which gemv_rows reads a run of
- * `run` rows: row after row of a panel, panel after panel, and then the first panel of the run that lies 16 rows on
+ * `run` rows: row after row of a panel, panel after panel, and then the first panel of the run that lies `rows` rows on
  * (past the last ones a prefetch asks for nothing that faults). */
 #define AHEAD_BYTES 1024
 INLINE const char *codes_ahead(const char *codes, int64_t row_bytes, int64_t panel_bytes, int64_t panel, int64_t row,
-                               int64_t run)
+                               int64_t run, int64_t rows)
 {
     const int64_t width = row_bytes < panel_bytes ? row_bytes : panel_bytes, steps = (AHEAD_BYTES + width - 1) / width;
     const int64_t ahead = row + (steps < run ? steps : run), next = panel + panel_bytes;
     if (ahead < run) return codes + ahead * row_bytes + panel;
-    return codes + (ahead - run) * row_bytes + (next < row_bytes ? next : 16 * row_bytes);
+    return codes + (ahead - run) * row_bytes + (next < row_bytes ? next : rows * row_bytes);
 }
 
-/* 16 rows of W in `runs` runs that are read side by side (rows 0, 4, 8 and 12, then 1, 5, 9 and 13, ...), times `group`
- * rows of activations: sums[16 s + row] are the lanes of one product. Columns go in panels, so that the activations of
- * one (and the tables beside them) stay in L1 while the 16 rows pass. factors [block][part][stream][row], zeros
- * [block][part][row].
+/* `rows` rows of W (16, or GEMV_MOST_ROWS) in `runs` runs that are read side by side (of 16 rows 0, 4, 8 and 12, then
+ * 1, 5, 9 and 13, ...), times `group` rows of activations: sums[rows s + row] are the lanes of one product. Columns go
+ * in panels, so that the activations of one (and the tables beside them) stay in L1 while the rows pass. factors
+ * [block][part][stream][row], zeros [block][part][row].
  *
  * This loop must leave memory no time to wait; a line takes 6 to 7 ns to come, and 3 to 5 to be multiplied:
  * Each run is a stream of neighbouring lines, which the processor's own prefetchers follow, and its lines are asked for
  * a row or 1 KiB before they are used (one stream must ask for 4 KiB, and is slower). With a row of activations of one
  * plane a line of it is read once for all runs. Two chains of products per line: one would be 20 cycles long, and the
  * lines that wait for it fill the scheduler. Two sums in turn where a block has several groups, for the same reason. */
-INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, const char *codes, const Rounded *x,
-                      int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
+INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, int64_t rows, const char *codes,
+                      const Rounded *x, int64_t first, const float *factors, const int32_t *zeros, v16f *sums)
 {
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
-    const int64_t panel_blocks = PANEL_BLOCKS / group, run = 16 / runs;
+    const int64_t panel_blocks = PANEL_BLOCKS / group, run = rows / runs;
     const int64_t row_bytes = blocks * block_bytes, panel_bytes = panel_blocks * block_bytes;
-    for (int i = 0; i < 16 * group; i++) sums[i] = f_zero();
+    for (int i = 0; i < rows * group; i++) sums[i] = f_zero();
     for (int64_t begin = 0; begin < blocks; begin += panel_blocks) {
         const int64_t end = begin + panel_blocks < blocks ? begin + panel_blocks : blocks;
         for (int64_t row = 0; row < run; row++) {
             const char *p = codes + row * row_bytes + begin * block_bytes;
-            const char *ahead = codes_ahead(codes, row_bytes, panel_bytes, begin * block_bytes, row, run);
+            const char *ahead = codes_ahead(codes, row_bytes, panel_bytes, begin * block_bytes, row, run, rows);
             const int16_t *words = x->words + (begin * streams + first) * BLOCK;
             const int32_t *lanes = x->lanes + (begin * streams + first) * parts * 16,
-                          *zero = zeros + begin * parts * 16 + row;
-            const float *factor = factors + begin * parts * group * 16 + row;
+                          *zero = zeros + begin * parts * rows + row;
+            const float *factor = factors + begin * parts * group * rows + row;
             v16f y[4][GEMV_GROUP][2];
             for (int r = 0; r < runs; r++)
-                for (int s = 0; s < group; s++) y[r][s][0] = sums[16 * s + row + r * run], y[r][s][1] = f_zero();
+                for (int s = 0; s < group; s++) y[r][s][0] = sums[rows * s + row + r * run], y[r][s][1] = f_zero();
             for (int64_t block = begin; block < end; block++) {
                 v16i held[4];
                 if (runs == 4)
@@ -102,31 +109,32 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, c
                     for (int s = 0; s < group; s++)
                         for (int part = 0; part < parts; part++) {
                             v16i chains[2] = {
-                                dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * 16 + r * run),
+                                dot_start(zero_kind, lanes + (s * parts + part) * 16, zero + part * rows + r * run),
                                 i_zero()};
                             for (int i = 4 / parts * part; i < 4 / parts * (part + 1); i++)
                                 chains[parts < 4 && i % 2] =
                                     w_dot(chains[parts < 4 && i % 2], w[i],
                                           runs == 4 ? held[i] : i_load(words + s * BLOCK + 32 * i));
                             v16i sum = parts < 4 ? i_add(chains[0], chains[1]) : chains[0];
-                            y[r][s][part % 2] = f_fma(f_from_i(sum), f_set1(factor[(part * group + s) * 16 + r * run]),
-                                                      y[r][s][part % 2]);
+                            const v16f scale = f_set1(factor[(part * group + s) * rows + r * run]);
+                            y[r][s][part % 2] = f_fma(f_from_i(sum), scale, y[r][s][part % 2]);
                         }
                 }
                 p += block_bytes, ahead += block_bytes;
                 words += streams * BLOCK, lanes += streams * parts * 16;
-                zero += parts * 16, factor += parts * group * 16;
+                zero += parts * rows, factor += parts * group * rows;
             }
             for (int r = 0; r < runs; r++)
                 for (int s = 0; s < group; s++)
-                    sums[16 * s + row + r * run] = parts > 1 ? f_add(y[r][s][0], y[r][s][1]) : y[r][s][0];
+                    sums[rows * s + row + r * run] = parts > 1 ? f_add(y[r][s][0], y[r][s][1]) : y[r][s][0];
         }
     }
 }
 
 #define GEMV_CASE(bits, zero_kind, parts, group, runs) \
     case bits * 1000 + zero_kind * 100 + parts * 10 + group: \
-        gemv_rows(bits, zero_kind, parts, group, runs, codes, x, first, factors, zeros, sums); \
+        if (rows * group <= GEMV_MOST_ROWS) /* 64 rows are there for one stream only */ \
+            gemv_rows(bits, zero_kind, parts, group, runs, rows, codes, x, first, factors, zeros, sums); \
         break
 #define GEMV_CASES(bits, zero_kind, parts) \
     GEMV_CASE(bits, zero_kind, parts, 1, GEMV_RUNS); \
@@ -155,34 +163,37 @@ static TaskScales gather_scales(const Matrix *m, int64_t scale_base, int64_t row
     return (TaskScales){scales, zeros, rows};
 }
 
-/* factors and zeros as gemv_rows reads them, for 16 rows of the task from `at` on. */
+/* factors and zeros as gemv_rows reads them, for `rows` rows of the task from `at` on. */
 INLINE void make_tables(int64_t dtype, const Matrix *m, TaskScales task, const Rounded *x, int64_t first, int group,
-                        int64_t at, float *factors, int32_t *zeros)
+                        int64_t at, int64_t rows, float *factors, int32_t *zeros)
 {
     const int64_t streams = x->rows * x->planes, part_columns = BLOCK / x->parts;
     const float *x_scales = x->scales + first;
     int64_t left = m->group_size;
     for (int64_t block = 0; block < x->blocks; block++, x_scales += streams)
         for (int64_t part = 0; part < x->parts; part++) {
-            v16f scale = load_at(task.scales, dtype, at);
-            for (int s = 0; s < group; s++, factors += 16) f_store(factors, f_mul(scale, f_set1(x_scales[s])));
-            if (m->zeros) i_store(zeros, i_from_f(load_at(task.zeros, dtype, at))), zeros += 16;
+            for (int64_t row = 0; row < rows; row += 16) {
+                v16f scale = load_at(task.scales, dtype, at + row);
+                for (int s = 0; s < group; s++) f_store(factors + s * rows + row, f_mul(scale, f_set1(x_scales[s])));
+                if (m->zeros) i_store(zeros + row, i_from_f(load_at(task.zeros, dtype, at + row)));
+            }
+            factors += group * rows, zeros += rows;
             if ((left -= part_columns) == 0) at += task.rows, left = m->group_size;
         }
 }
 
-/* y[s] of streams first .. first + group - 1 for 16 rows, row0 of the task on. scratch: (group + 1) * blocks * parts
- * * 16 words. */
-static void gemv_streams(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
-                         int group, int64_t row0, float *scratch, v16f *y)
+/* Products of streams first .. first + group - 1 with `rows` rows, row0 of the task on: y[s], or with 64 rows of a
+ * single stream y[row / 16]. scratch: GEMV_TABLE_ROWS * blocks * parts words. */
+INLINE void gemv_streams(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
+                         int group, int64_t row0, int64_t rows, float *scratch, v16f *y)
 {
     const int64_t parts = x->parts;
     float *factors = scratch;
-    int32_t *zeros = (int32_t *)(scratch + x->blocks * parts * group * 16);
+    int32_t *zeros = (int32_t *)(scratch + x->blocks * parts * group * rows);
     if (m->scale_dtype == BFLOAT16 && group == 1)
-        make_tables(BFLOAT16, m, task, x, first, 1, row0, factors, zeros); /* most of decoding: memory waits for it */
-    else make_tables(m->scale_dtype, m, task, x, first, group, row0, factors, zeros);
-    v16f sums[16 * GEMV_GROUP];
+        make_tables(BFLOAT16, m, task, x, first, 1, row0, rows, factors, zeros); /* most of decoding: memory waits */
+    else make_tables(m->scale_dtype, m, task, x, first, group, row0, rows, factors, zeros);
+    v16f sums[GEMV_MOST_ROWS]; /* 16 * GEMV_GROUP of several streams */
     const int zero_kind = zero_kind_of(m);
     switch (m->bits * 1000 + zero_kind * 100 + parts * 10 + group) {
         GEMV_CASES(4, SAME_ZERO, 1);
@@ -198,7 +209,19 @@ static void gemv_streams(const Matrix *m, const char *codes, TaskScales task, co
         GEMV_CASES(8, ZEROS, 2);
         GEMV_CASES(8, ZEROS, 4);
     }
-    for (int s = 0; s < group; s++) y[s] = f_sum16(sums + 16 * s);
+    for (int i = 0; i < group * rows / 16; i++) y[i] = f_sum16(sums + 16 * i);
+}
+
+/* Functions of their own, so that the compiler lays out the loop of each by itself: together both were 5 % slower. */
+static void gemv_16_rows(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
+                         int group, int64_t row0, float *scratch, v16f *y)
+{
+    gemv_streams(m, codes, task, x, first, group, row0, 16, scratch, y);
+}
+static void gemv_most_rows(const Matrix *m, const char *codes, TaskScales task, const Rounded *x, int64_t first,
+                           int64_t row0, float *scratch, v16f *y)
+{
+    gemv_streams(m, codes, task, x, first, 1, row0, GEMV_MOST_ROWS, scratch, y);
 }
 
 /* y of one row of x, 16 rows of W: bias, then the tensor's type; rows past the matrix are padding. */
@@ -225,11 +248,18 @@ static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t
         for (int64_t at = 0; at < AHEAD_BYTES; at += 64) __builtin_prefetch(codes + row * row_bytes + at);
     TaskScales task = gather_scales(m, expert * m->expert_scales, first, count, (char *)scratch);
     scratch += scale_words(matrix_groups(m), count);
-    for (int64_t row0 = 0; row0 < count; row0 += 16) {
+    int64_t row0 = 0;
+    if (streams == 1 && row_bytes <= SHORT_ROW_BYTES)
+        for (; count - row0 >= GEMV_MOST_ROWS; row0 += GEMV_MOST_ROWS) {
+            v16f y[GEMV_MOST_ROWS / 16];
+            gemv_most_rows(m, codes + row0 * row_bytes, task, x, token0, row0, scratch, y);
+            for (int64_t i = 0; i < GEMV_MOST_ROWS / 16; i++) store_outputs(m, token0, first + row0 + 16 * i, y[i]);
+        }
+    for (; row0 < count; row0 += 16) {
         v16f y[2 * GEMV_TOKENS];
         for (int64_t s = 0; s < streams;) {
             int group = streams - s >= 4 ? 4 : streams - s >= 2 ? 2 : 1;
-            gemv_streams(m, codes + row0 * row_bytes, task, x, token0 * x->planes + s, group, row0, scratch, y + s);
+            gemv_16_rows(m, codes + row0 * row_bytes, task, x, token0 * x->planes + s, group, row0, scratch, y + s);
             s += group;
         }
         for (int64_t t = 0; t < tokens; t++)

@@ -151,6 +151,30 @@ def test_a_row_does_not_depend_on_its_neighbours_up_to_a_step_of_drafts(dtype: t
 
 
 @in_c
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [256, 1024, 4096])
+def test_many_short_rows_are_as_few(bits: int, group: int, symmetric: bool, columns: int) -> None:
+    # A task of 64 rows and more reads short rows 64 at a time (csrc/matmul.h); two tokens go 16 at a time.
+    weight, x = weight_of(1100, columns, bits, group, symmetric), randn(2, columns).bfloat16()
+    both = quantized_matmul(x, weight)
+    for token in range(2):
+        assert torch.equal(quantized_matmul(x[token][None], weight)[0], both[token])
+
+
+@in_c
+def test_short_rows_of_many_experts_stay_within_their_scratch() -> None:
+    # One token for each expert: its tables have 64 rows, though the operation has four rows of activations.
+    matrices = randn(4, 1100, 512).float()
+    stack, x = quantize_rtn(matrices, 4, 32), randn(4, 512, seed=1).bfloat16()
+    y = expert_matmul(x, stack, torch.arange(5).int())
+    for expert in range(4):
+        alone = quantize_rtn(matrices[expert], 4, 32)
+        assert torch.equal(y[expert], quantized_matmul(x[expert][None], alone)[0])
+
+
+@in_c
 @pytest.mark.parametrize("tokens", [1, 3, 30])
 @pytest.mark.parametrize("rows", [1, 17, 33])
 def test_nothing_beside_the_result_is_written(tokens: int, rows: int) -> None:
