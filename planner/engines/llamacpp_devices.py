@@ -128,6 +128,9 @@ def shares(
     first = 0
     for index, device in enumerate(devices):
         last = index == len(devices) - 1
+        if not last and index > 1 and counts[index] == 0 == found[-1].layers and device is found[-1].device:
+            found.append(found[-1])  # without layers: of more devices than the model has layers, most are
+            continue
         layers = range(first, first + counts[index])
         attention = model.layer_types[layers.start : layers.stop].count("full_attention")
         backend = backends[device]
@@ -246,10 +249,12 @@ def _fewest_filled(sums: list[int], rooms: list[int], head: int, tail: int) -> l
     would hold one more per device."""
     layers, loads = len(sums) - 1, sums[-1]
     room, most = max(1, sum(rooms)), max(map(sub, sums[1:], sums))
-    low, high = 0.999 * loads / room, (loads + head + tail) / max(1, min(rooms))
+    low = 0.999 * max(loads / room, most / max(1, max(rooms)))  # the largest layer is held by one of them
+    high = (loads + head + tail) / max(1, min(rooms))
     high = min(high, 1.000001 * (loads + head + tail + len(rooms) * most) / room)
-    for _ in range(40):
-        middle = (low + high) / 2
+    for step in range(40):
+        # With a layer or none for each device the answer is often the first change above `low`.
+        middle = (low + high) / 2 if step or len(rooms) < layers else low
         ends, next_fraction = _dealt(sums, rooms, middle, head, tail)
         if ends[-1] == layers:
             high = middle
@@ -270,7 +275,9 @@ def _dealt(sums: list[int], rooms: list[int], fraction: float, head: int, tail: 
         taken = (head if index == 0 else 0) + (tail if index == last else 0) - sums[end]
         end = bisect_right(sums, fraction * room - taken, end + 1) - 1
         ends.append(end)
-        if end < layers and room > 0:
+        if end == layers:
+            return ends + [layers] * (last - index), next_fraction
+        if room > 0:
             at = (sums[end + 1] + taken) / room
             if at < next_fraction:
                 next_fraction = at
