@@ -101,8 +101,10 @@ def test_errors_stay_within_those_of_the_dtype(
     path, x, weight, bias, splits = problem
     truth = x.double() @ dequantize(weight).T + (0 if bias is None else bias.double())
     plain = torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
-    # A handful of numbers has no statistics: there the rounding of each is allowed for.
-    slack = torch.finfo(x.dtype).eps * (0.05 if truth.numel() > 64 else 0.5)
+    # A handful of numbers has no statistics, and torch may hit one of them closely: there the rounding of each is
+    # allowed for, and half a float32 ulp of the magnitudes that were summed.
+    lost = 2**-24 * (x.double().abs() @ dequantize(weight).T.abs()).norm() / truth.norm() / truth.numel() ** 0.5
+    slack = torch.finfo(x.dtype).eps * (0.05 if truth.numel() > 64 else 0.5) + lost.item()
     assert relative_error(multiply(path, x, weight, bias, splits), truth) <= 1.5 * relative_error(plain, truth) + slack
 
 
