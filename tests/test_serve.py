@@ -128,7 +128,7 @@ def test_help_and_completion_know_it(qwen_plan: Any) -> None:
 def test_the_collector_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """One collection once nobody has asked for a while, and none before somebody asks again."""
     requests, heard = iter([0, 5, 9, 9, 9, 9, 12, 12]), []
-    monkeypatch.setattr(serve.gc, "collect", lambda: heard.append("collected"))
+    monkeypatch.setattr(gc, "collect", lambda: heard.append("collected"))
 
     def asked() -> int:
         found = next(requests)

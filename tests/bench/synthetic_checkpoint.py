@@ -7,20 +7,18 @@ that layers neither vanish nor explode; the tokenizer knows bytes and a few word
 """
 
 import argparse
+import runpy
 import shutil
-import sys
 from math import prod
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "quant"))
-from conftest import write_tokenizer
-
 from qwenfit.kernels.layout.checkpoint import DTYPES
 from qwenfit.profiles.model_catalog import model
 from qwenfit.quant.shards import Entry, Shards
 
+FIXTURES = Path(__file__).parents[1] / "quant" / "conftest.py"
 DRAWN, BLOCK = 1 << 26, 1 << 25
 
 
@@ -51,7 +49,7 @@ def write(name: str, config: Path, folder: Path) -> int:
             shape = (min(step, rows - at), *one.shape[1:]) if one.shape else ()
             shards.write(label, values.view(shape).to(DTYPES[one.dtype]), at)
     shards.finish()
-    write_tokenizer(folder, 1000)
+    runpy.run_path(str(FIXTURES))["write_tokenizer"](folder, 1000)
     return sum(entry.bytes for entry in shards.entries.values())
 
 

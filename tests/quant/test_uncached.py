@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from qwenfit.kernels.layout.checkpoint import read_tensor
 from qwenfit.profiles.checkpoint import StoredTensor
-from qwenfit.quant import uncached
 from qwenfit.quant.uncached import LEAST_BYTES, PAGE_BYTES, read_once
 
 FILE_BYTES = 3 * LEAST_BYTES + 1234
@@ -43,11 +42,11 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     real = os.open
 
-    def opened(path: str, flags: int) -> int:
+    def opened(path: str, flags: int, *mode: int) -> int:
         asked.append(flags)
-        return real(path, flags & ~DIRECT)
+        return real(path, flags & ~DIRECT, *mode)
 
-    monkeypatch.setattr(uncached.os, "open", opened)
+    monkeypatch.setattr(os, "open", opened)
     return asked
 
 
@@ -66,7 +65,7 @@ def test_a_file_system_without_it_is_read_through_the_cache(file: str, monkeypat
     def refused(path: str, flags: int) -> int:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(uncached.os, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     assert torch.equal(
         read_once(place(file, 64, 2000)).view(torch.int16), read_tensor(place(file, 64, 2000)).view(torch.int16)
     )
