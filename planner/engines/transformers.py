@@ -25,6 +25,7 @@ from ..memory import Amount, Memory, estimated, exactly
 from ..weights import WeightTable, weight_table
 from .engine import Allocation, DeviceShare, Engine, Setup
 from .launch import checkpoint_name, shell_line
+from .support import likened
 
 ENGINE = Engine(
     name="transformers",
@@ -73,6 +74,7 @@ def runs_on(device: Device, version: str) -> str | None:
 
 def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str | None:
     """Why `from_pretrained` cannot load that format there."""
+    fmt = likened(model, fmt)
     if fmt.family == "mlx":
         return "transformers does not read MLX checkpoints: use --engine mlx, or bf16"
     if fmt.family == "gguf" and model.architecture == "qwen3_next":
@@ -292,7 +294,7 @@ def _refuse(setup: Setup) -> None:
 
 
 def _text_only_file(setup: Setup) -> bool:
-    return setup.weights.family == "gguf" or (setup.model.quantization or {}).get("method") == "gguf"
+    return likened(setup.model, setup.weights).family == "gguf"
 
 
 def _capability(device: Device) -> float:
