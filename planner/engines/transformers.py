@@ -16,6 +16,8 @@ Read in transformers 5.23.0:
 Not modelled: offloading to host memory, tensor parallel plans (they need torchrun), padded batches.
 """
 
+import os
+
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
@@ -24,7 +26,8 @@ from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import WeightTable, weight_table
 from .engine import Allocation, DeviceShare, Engine, Setup
-from .launch import checkpoint_name, shell_line
+from .launch import base_name, checkpoint_name, shell_line
+from .llamacpp_launch import gguf_name
 from .support import likened
 
 ENGINE = Engine(
@@ -269,11 +272,14 @@ class TransformersEstimate:
 
     @property
     def _checkpoint(self) -> str:
-        """`<repository>:<file>.gguf` is how `transformers serve` takes a GGUF."""
+        """`<repository or folder>:<file>.gguf` is how `transformers serve` takes a GGUF (`split_model_id`)."""
         model, fmt = self.setup.model, self.setup.weights
+        if model.path is not None and likened(model, fmt).family == "gguf":
+            folder, name = os.path.split(gguf_name(model, fmt))
+            return f"{folder or '.'}:{name}"
         if fmt.family != "gguf":
             return checkpoint_name(model, fmt)
-        name = model.repo.rsplit("/", 1)[-1]
+        name = base_name(model)
         return f"unsloth/{name}-GGUF:{name}-{fmt.name.removeprefix('gguf-').removesuffix('-mtp').upper()}.gguf"
 
 
