@@ -173,10 +173,12 @@ def _validated(kind: type[_Checked], data: object, path: str, prefix: str) -> _C
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    place = prefix + ".".join(str(part) for part in first["loc"])
+    place = ".".join([*filter(None, [prefix.rstrip(".")]), *map(str, first["loc"])])
     if first["type"] == "missing":
         raise BadInput(f"{path}: {place} is missing")
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "model_type":
+        message = "input should be an object"
     raise BadInput(f"{path}: {place} is {short(first['input'])}, but {message.replace('input ', 'it ', 1)}")
 
 
