@@ -22,7 +22,8 @@ def node_address(node: int) -> str:
 def base_name(model: Model) -> str:
     """What files made of the model are called by: the last part of its repository, or of the folder where it lies."""
     where = model.repo if model.path is None else os.path.abspath(model.repo)
-    return os.path.basename(where.rstrip("/")).removesuffix(".gguf")
+    base = os.path.basename(where.rstrip("/"))
+    return base[: -len(".gguf")] if base.lower().endswith(".gguf") else base
 
 
 def checkpoint_name(model: Model, fmt: WeightFormat) -> str:

@@ -60,10 +60,15 @@ def rpc_line(node: int) -> str:
 
 def gguf_name(model: Model, fmt: WeightFormat, mtp: bool = False) -> str:
     """The file itself where the model was read from one, else the name under which such files are published."""
-    if model.path is not None and model.path.endswith(".gguf"):
+    if model.path is not None and is_gguf(model):
         return model.path
     kind = (fmt.file_type or fmt.name).upper()
     return f"{base_name(model)}-{'MTP-' if mtp else ''}{kind}.gguf"
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether it was read from a GGUF file, however that spells its ending."""
+    return (model.quantization or {}).get("method") == "gguf"
 
 
 def mmproj_name(model: Model) -> str:
