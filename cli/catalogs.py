@@ -4,7 +4,7 @@ import sys
 from typing import NamedTuple
 
 from ..profiles.device import Device
-from ..profiles.device_names import devices
+from ..profiles.device_names import devices, has_word
 from ..profiles.errors import UnknownName
 from ..profiles.model import Model
 from ..profiles.model_catalog import models
@@ -26,7 +26,7 @@ class Catalog(NamedTuple):
 
 def list_devices(wanted: str, form: str) -> None:
     """Devices whose name, title, vendor or architecture has `wanted` in it."""
-    found = [one for one in devices() if _has(wanted, one.name, one.title, one.vendor, one.architecture)]
+    found = [one for one in devices() if has_word(one, wanted.lower())]
     titles = ("name", "device", "memory", "usable", "GB/s", "bf16 TFLOPS", "capability", "watt")
     rows = [_device_row(one) for one in found]
     _show(Catalog("devices", titles, rows, (2, 3, 4, 5, 7), [device_record(one) for one in found]), wanted, form)
@@ -34,7 +34,7 @@ def list_devices(wanted: str, form: str) -> None:
 
 def list_models(wanted: str, form: str) -> None:
     """Models whose name, repository or architecture has `wanted` in it."""
-    found = [one for one in models() if _has(wanted, one.name, one.repo, one.architecture)]
+    found = [one for one in models() if wanted.lower() in " ".join((one.name, one.repo, one.architecture)).lower()]
     titles = ("name", "repository", "parameters", "checkpoint", "KV per token", "state per sequence", "context")
     rows = [_model_row(one) for one in found]
     _show(Catalog("models", titles, rows, (2, 3, 4, 5, 6), [model_record(one) for one in found]), wanted, form)
@@ -49,10 +49,6 @@ def state_bytes_per_sequence(model: Model) -> int:
     """Recurrent state in float32 and convolution state in bf16 of one sequence, however long it is."""
     convolution = (model.linear_conv_kernel_dim - 1) * model.conv_dim * CONV_STATE_BYTES
     return model.linear_attention_layers * (model.state_elements * 4 + convolution)
-
-
-def _has(wanted: str, *words: str) -> bool:
-    return wanted.lower() in " ".join(words).lower()
 
 
 def _show(catalog: Catalog, wanted: str, form: str) -> None:

@@ -61,7 +61,7 @@ def parse_count(text: str) -> int:
 
 def parse_image(text: str) -> int:
     """Tokens, from their number or from an image's size in pixels: 4096, 1920x1080."""
-    width, x, height = text.partition("x")
+    width, x, height = text.lower().partition("x")
     if not x:
         return parse_tokens(text)
     from ..profiles.vision_tokens import image_tokens
@@ -96,7 +96,7 @@ def parse_amount(text: str) -> float:
     digits = whole + fraction
     plain = digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS and bool(point) == bool(fraction)
     if not plain or not 0 < float(text) <= 1e9:
-        raise BadInput(f"{shown(text)} is no amount: write a number above 0 with digits and a point, such as 0.18")
+        raise BadInput(f"{shown(text)} is no amount: write a number above 0 with digits and a point, such as 2.5")
     return float(text)
 
 
@@ -110,6 +110,14 @@ def parse_name(text: str) -> str:
     if not text.strip():
         raise BadInput("an empty text names nothing")
     return text
+
+
+def parse_engine(text: str) -> str:
+    """NAME or NAME@VERSION, in whatever case it was typed."""
+    name, at, version = parse_name(text).lower().partition("@")
+    if at and not version:
+        raise BadInput(f"{shown(text)} names no version: write it like vllm@0.32.0, or leave out the @")
+    return name + at + version
 
 
 def parse_format(text: str) -> str:
@@ -150,7 +158,7 @@ OPTIONS = (
         "vllm, sglang, llama.cpp, ollama, mlx, ktransformers, transformers or native, or NAME@VERSION "
         "[default: all that run there]",
         "ENGINE",
-        parse_name,
+        parse_engine,
         completes="engines",
     ),
     Option(

@@ -5,6 +5,7 @@ anew, by later rules or with a calibration (`replan`); of the log it quotes the 
 What the asker leaves out is taken from the log (`asked`).
 """
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -304,6 +305,10 @@ def request_json(request: Request) -> dict[str, object]:
 
 
 def _without_paths(plan: EnginePlan) -> str:
-    path = plan.setup.model.path
-    command = plan.command
-    return command.replace(path, "MODEL") if path else command
+    """The launch line without where files lie, which is nobody's business; whole words, for a folder may be called
+    `x`, and `.` says nothing."""
+    model, command = plan.setup.model, plan.command
+    for place in (model.path, model.repo, os.path.dirname(model.path)) if model.path else ():
+        if place.strip("./"):
+            command = re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w./-])", "MODEL", command)
+    return command

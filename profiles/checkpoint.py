@@ -188,7 +188,8 @@ def _check_against_config(model: Model, tensors: tuple[Tensor, ...], path: str) 
         for kind, layers in kinds.items():
             if tensor.role.startswith(kind):
                 layers.update(tensor.layers)
-        if tensor.role == "embedding" and tensor.dtype in ("BF16", "F16", "F32"):
+        # Its scales have its role too, and an MLX folder keeps them in bf16.
+        if tensor.name.endswith("embed_tokens.weight") and tensor.dtype in ("BF16", "F16", "F32"):
             expected = (model.vocab_size, model.hidden_size)
             if tensor.shape != expected:
                 raise BadInput(

@@ -49,7 +49,8 @@ class Config:
 
     path: str  # of config.json, for messages
     name: str
-    repo: str
+    repo: str  # what engines are given: the folder, that of a config.json, or the file's name without .json
+    place: str  # what was read: the folder, or this file alone
     architecture: str
     dimensions: Mapping[str, Any]  # the fields of Model that need no decision
     tie_word_embeddings: bool | None  # None: the file does not say
@@ -77,7 +78,7 @@ class Config:
             tensors=(),
             stored=None if with_weights else stored_format(self.quantization, self.path),
             source=self.path,
-            path=self.repo,
+            path=self.place,
             rope=self.rope,
             quantization=self.quantization,
             **self.dimensions,
@@ -134,14 +135,15 @@ def read_config(path: str, folder: str | None = None) -> Config:
         shared_expert_intermediate_size=moe.shared_expert_intermediate_size if moe else 0,
         mamba_ssm_dtype=text.mamba_ssm_dtype or "auto",
     )
-    where = os.path.abspath(folder or path)
-    name = os.path.basename(where)
-    if folder is None:
-        name = os.path.basename(os.path.dirname(where)) if name == "config.json" else name.removesuffix(".json")
+    repo = folder
+    if repo is None:
+        is_inside = os.path.basename(path) == "config.json"
+        repo = os.path.dirname(path) or "." if is_inside else path.removesuffix(".json")
     return Config(
         path=path,
-        name=name.lower(),
-        repo=folder or path,
+        name=os.path.basename(os.path.abspath(repo)).lower(),
+        repo=repo,
+        place=folder or path,
         architecture=architecture,
         dimensions=dimensions,
         tie_word_embeddings=_tied(data, inner, path),
@@ -171,10 +173,12 @@ def _validated(kind: type[_Checked], data: object, path: str, prefix: str) -> _C
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    place = prefix + ".".join(str(part) for part in first["loc"])
+    place = ".".join([*filter(None, [prefix.rstrip(".")]), *map(str, first["loc"])])
     if first["type"] == "missing":
         raise BadInput(f"{path}: {place} is missing")
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "model_type":
+        message = "input should be an object"
     raise BadInput(f"{path}: {place} is {short(first['input'])}, but {message.replace('input ', 'it ', 1)}")
 
 

@@ -46,7 +46,10 @@ def device(name_or_path: str) -> Device:
             f"{near} has {_sizes(near)[0]} GB, not {size}; write {near}, or a file of your own with `like: {near}`"
         )
     hint = did_you_mean(name_or_path, known)
-    raise UnknownName(f"no device is called {quote(name_or_path)}; {hint}`qwen-plan devices` lists all")
+    word = name_or_path.strip().lower()
+    kind = not hint and word.isalnum() and any(has_word(one, word) for one in devices())
+    where = f"`qwen-plan devices {word}` lists those" if kind else "`qwen-plan devices` lists all"
+    raise UnknownName(f"no device is called {quote(name_or_path)}; {hint}{where}")
 
 
 def devices_in(name_or_path: str) -> tuple[Device, ...]:
@@ -58,6 +61,11 @@ def devices_in(name_or_path: str) -> tuple[Device, ...]:
 def devices() -> tuple[Device, ...]:
     """Every device of the catalog, in its order."""
     return tuple(map(_named, _catalog().rows))
+
+
+def has_word(one: Device, word: str) -> bool:
+    """Whether a lower-case word stands in the device's name, title, vendor or architecture: `cpu`, `radeon`."""
+    return word in " ".join((one.name, one.title, one.vendor, one.architecture)).lower()
 
 
 def is_name(text: str) -> bool:

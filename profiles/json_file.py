@@ -48,7 +48,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         # int() refuses more than 4300 digits (sys.set_int_max_str_digits).
         raise BadInput(f"{where} holds a number of more than 4300 digits") from None
     if not isinstance(value, dict):
-        raise BadInput(f"{where} holds a JSON {type(value).__name__}, not an object")
+        raise BadInput(f"{where} holds a JSON {_kind(value)}, not an object")
     return value
 
 
@@ -71,6 +71,13 @@ def short(value: object) -> str:
         return f"a list of {len(value)}"
     text = ascii(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number of more than 60 digits"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: object) -> str:
+    """What JSON calls it."""
+    if value is None:
+        return "null"
+    return {bool: "boolean", str: "string", list: "list"}.get(type(value), "number")
 
 
 class _Refused(Exception):

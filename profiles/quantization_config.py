@@ -12,6 +12,10 @@ from .errors import BadInput, Unsupported
 from .json_file import read_json_object, short
 
 _KV_WORDS = {"FP8": "fp8", "NVFP4": "nvfp4"}
+# Methods of integers in groups -> (the dialect in a format's name, columns per scale where the file does not say:
+# transformers' GPTQConfig and AwqConfig take 128; compressed-tensors leaves the size out of a scale per channel)
+_INTEGERS: dict[str, tuple[str, int]] = {"gptq": ("-gptq", 128), "awq": ("-awq", 128), "compressed-tensors": ("", -1)}
+_GROUP_WORDS = {-1: "-channel", 32: "-g32", 64: "-g64", 128: "", 256: "-g256"}
 
 
 def read_quantization(data: Mapping[str, Any], text: Mapping[str, Any], path: str) -> dict[str, object] | None:
@@ -30,6 +34,8 @@ def read_quantization(data: Mapping[str, Any], text: Mapping[str, Any], path: st
     if not isinstance(config, dict):
         raise BadInput(f"{path}: quantization_config is {short(config)}, not an object")
     method = config.get("quant_method")
+    if method is None and type(config.get("bits")) is int and type(config.get("group_size")) is int:
+        method = "mlx"  # mlx-lm `quantize_model` writes its bits and group_size here, without a method
     if not isinstance(method, str) or not method:
         raise BadInput(f"{path}: quantization_config.quant_method is {short(method)}, not a name")
     weights = _weights(config)
@@ -39,6 +45,7 @@ def read_quantization(data: Mapping[str, Any], text: Mapping[str, Any], path: st
         "group_size": weights.get("group_size", config.get("group_size", config.get("q_group_size"))),
         "symmetric": weights.get("symmetric", config.get("sym")),
         "type": weights.get("type"),
+        "activation_bits": _activation_bits(config),
         "algorithm": config.get("quant_algo", config.get("format")),
         "kv_cache": _kv_cache(config),
     }
@@ -64,12 +71,31 @@ def stored_format(quantization: Mapping[str, object] | None, path: str) -> str |
         return "nvfp4"
     if method == "gptq" and bits == 4 and quantization.get("attention_kept"):
         return "gptq-int4-official"
-    if method in ("gptq", "awq", "compressed-tensors") and quantization.get("type", "int") == "int" and bits in (4, 8):
-        return f"int{bits}"
+    if method == "mlx" and bits in (4, 5, 6, 8) and quantization.get("group_size") == 64:
+        return f"mlx-{bits}bit"
+    found = _integers(quantization)
+    if found is not None:
+        return found
     raise Unsupported(
         f"{path}: the sizes of {short(method)} weights do not follow from quantization_config; "
         "give the folder with its safetensors files"
     )
+
+
+def _integers(quantization: Mapping[str, object]) -> str | None:
+    """`int4-gptq-g32` and the like: bits, dialect, group size and symmetry decide the size. None: no such integers."""
+    method, bits, symmetric = (quantization.get(name) for name in ("method", "bits", "symmetric"))
+    if method not in _INTEGERS or quantization.get("type", "int") != "int" or bits not in (4, 8):
+        return None
+    if bits == 8 and quantization.get("activation_bits") == 8:
+        return "int8-w8a8"
+    dialect, unsaid = _INTEGERS[str(method)]
+    size = quantization.get("group_size", unsaid)
+    if type(size) is not int or size not in _GROUP_WORDS or (method == "awq" and (bits == 8 or size < 0)):
+        return None
+    if method == "awq" or symmetric is None or symmetric == (bits == 8 or method == "gptq"):
+        return f"int{bits}{dialect}{_GROUP_WORDS[size]}"
+    return f"int{bits}{dialect}{_GROUP_WORDS[size]}-{'sym' if symmetric else 'asym'}"
 
 
 def _weights(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -80,6 +106,17 @@ def _weights(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(weights, dict):
             return weights
     return {}
+
+
+def _activation_bits(config: Mapping[str, Any]) -> int | None:
+    """Bits of integer activations (compressed-tensors' W8A8); None: activations stay as they are."""
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        scheme = group.get("input_activations") if isinstance(group, dict) else None
+        if isinstance(scheme, dict) and scheme.get("type") == "int":
+            bits = scheme.get("num_bits")
+            return bits if type(bits) is int else None
+    return None
 
 
 def _kv_cache(config: Mapping[str, Any]) -> str | None:

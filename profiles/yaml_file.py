@@ -193,7 +193,7 @@ def _keys(kind: type[BaseModel], path: Path) -> list[str]:
             continue
         inner = next(_models(kind.model_fields[part].annotation), None)
         kind = inner or kind
-    return list(kind.model_fields)
+    return [one.alias or name for name, one in kind.model_fields.items()]
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -147,8 +147,14 @@ def consecutive_sequences(
 ) -> Tensor:
     """The text from its beginning, cut into sequences: int64 [n, L]; for perplexity. None: all of it.
 
-    The last tokens that do not fill a sequence are left out. `BadInput` where there are too few for one.
+    One sequence if fewer `tokens` are asked for than it holds; the last tokens that do not fill one are left out.
+    `BadInput` where the text has too few, or where a sequence would have no token that follows another.
     """
+    sequence_tokens = sequence_tokens if tokens is None else min(sequence_tokens, tokens)
+    if sequence_tokens < 2:
+        raise BadInput(
+            f"a sequence of {sequence_tokens} tokens predicts nothing: give --tokens and --sequence 2 or more"
+        )
     data = _separated(text.data, tokenizer)
     if tokens is None:
         ids = _encoded(data.decode("utf-8", "ignore"), tokenizer).ids

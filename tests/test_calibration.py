@@ -266,6 +266,8 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
             read_calibration(written(tmp_path, *entries, head=head))
     with pytest.raises(BadInput, match="cannot be read"):
         read_calibration(str(tmp_path / "none.yaml"))
+    with pytest.raises(BadInput, match=r"unknown key 'rows': .*there are schema, factors$"):
+        read_calibration(written(tmp_path, head="rows: 1"))
     (tmp_path / "x.yaml").write_text("schema: 1\nfactors: [" * 100, encoding="utf-8")
     with pytest.raises(BadInput):
         read_calibration(str(tmp_path / "x.yaml"))

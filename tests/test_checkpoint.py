@@ -413,6 +413,28 @@ def test_weights_that_contradict_the_config(tmp_path, change, words):
     _refused(_folder(tmp_path, TINY, _tensors(TINY, tmp_path) | change), words)
 
 
+def test_a_folder_as_mlx_lm_writes_it(tmp_path):
+    """mlx-lm 0.32.2 `quantize_model`, `save`: names of its own, codes in U32, scales and biases of bf16 beside every
+    matrix, the embedding's too; no vision tower and no block of multi-token prediction; no quant_method."""
+    tensors = {}
+    for name, (dtype, shape) in _tensors(TINY, tmp_path).items():
+        name = name.replace("model.language_model.", "language_model.model.")
+        module = name.removesuffix(".weight")
+        if name.startswith(("mtp", "model.visual")):
+            continue
+        if len(shape) == 2 and name.endswith(".weight") and shape[1] % 32 == 0:
+            tensors[name] = ("U32", (shape[0], shape[1] // 8))
+            tensors |= {f"{module}.{more}": ("BF16", (shape[0], shape[1] // 32)) for more in ("scales", "biases")}
+        else:
+            tensors[name] = (dtype, shape)
+    affine = {"group_size": 32, "bits": 4, "mode": "affine"}
+    folder = _folder(tmp_path, TINY | {"quantization": affine, "quantization_config": affine}, tensors)
+    found = model(str(folder))
+    assert found.checkpoint_bytes == _bytes(tensors)
+    assert found.quantization == {"method": "mlx", "bits": 4, "group_size": 32}
+    assert not found.has_vision and not found.mtp_num_hidden_layers
+
+
 def test_a_layer_that_is_missing(tmp_path):
     tensors = {name: found for name, found in _tensors(TINY, tmp_path).items() if ".layers.2." not in name}
     _refused(_folder(tmp_path, TINY, tensors), r"holds no linear_attn\.\* tensors of layer 2; a shard is missing")

@@ -113,6 +113,14 @@ def test_nothing_given_asks_for_this_machine() -> None:
     assert asked({}).format == "table"
 
 
+def test_engines_are_named_in_any_case() -> None:
+    """As devices, models and formats are."""
+    assert [asked({"engine": text}).request.engine for text in ("vLLM@0.31.0", "LLAMA.CPP")] == [
+        "vllm@0.31.0",
+        "llama.cpp",
+    ]
+
+
 def test_small_k_is_noted() -> None:
     (note,) = asked({"ctx_tokens": "256k"}).notes
     assert note.startswith("--ctx 256k is 256,000 tokens")
@@ -124,6 +132,7 @@ def test_small_k_is_noted() -> None:
         ({"ctx_tokens": "12 parsecs"}, "--ctx"),
         ({"ctx_tokens": ""}, "--ctx"),
         ({"seqs": "two"}, "--seqs"),
+        ({"engine": "vllm@"}, "--engine"),
         ({"mtp": "-1"}, "--mtp"),
         ({"tp": "٣"}, "--tp"),
         ({"gpu_memory_utilization": "90"}, "--gpu-memory-utilization"),
@@ -167,7 +176,9 @@ def test_flags_are_said_once() -> None:
     assert len(flags) == len(set(flags))
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("4096", 4096), ("4K", 4096), ("1920x1080", 2040), ("3840x2160", 8160)])
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("4096", 4096), ("4K", 4096), ("1920x1080", 2040), ("1920X1080", 2040), ("3840x2160", 8160)]
+)
 def test_an_image_is_given_in_tokens_or_in_pixels(text: str, tokens: int) -> None:
     assert asked({"image_tokens": text}).request.options.image_tokens == tokens
 

@@ -207,7 +207,7 @@ def test_every_wrong_value_is_named(tmp_path, field, value):
         ({"mamba_ssm_dtype": "float8"}, "mamba_ssm_dtype is 'float8'"),
         ({"mtp_num_hidden_layers": 10**9}, "mtp_num_hidden_layers is 1000000000"),
         ({"rope_parameters": {"factor": -1}}, "rope_parameters.factor"),
-        ({"rope_parameters": 3}, "rope_parameters is 3"),
+        ({"rope_parameters": 3}, "rope_parameters is 3, but it should be an object"),
         ({"quantization_config": []}, "quantization_config is a list of 0"),
         ({"quantization_config": {}}, "quantization_config.quant_method is None"),
         ({"text_config": 7}, "text_config is 7"),
@@ -232,6 +232,11 @@ def test_contradictions_of_the_vision_tower_are_named(tmp_path, field, value, wo
     config = copy.deepcopy(CONFIGS["qwen3.5-9b"])
     config["vision_config"][field] = value
     assert words in _refused(tmp_path, config)
+
+
+def test_a_vision_tower_that_is_no_object_is_named(tmp_path):
+    config = CONFIGS["qwen3.5-9b"] | {"vision_config": []}
+    assert "vision_config is a list of 0, but it should be an object" in _refused(tmp_path, config)
 
 
 def test_more_experts_per_token_than_experts(tmp_path):

@@ -85,6 +85,12 @@ def test_an_unknown_name_gets_three_similar_ones_and_the_command_that_lists_all(
     )
 
 
+@pytest.mark.parametrize("word", ["cpu", "amd", "Apple"])
+def test_a_kind_of_device_gets_the_command_that_lists_its_own(word: str) -> None:
+    with pytest.raises(UnknownName, match=f"no device is called '{word}'; `qwen-plan devices {word.lower()}` lists"):
+        device(word)
+
+
 def test_a_wrong_size_is_named() -> None:
     with pytest.raises(UnknownName, match=r"rtx4080 has 16 GB, not 24; .*`like: rtx4080`"):
         device("rtx4080-24gb")

@@ -147,6 +147,12 @@ def test_every_folder_is_packaged() -> None:
     assert setup["package-dir"] == {f"qwenfit.{room}": room for room in FLOORS}
 
 
+def test_package_data_alone_says_what_is_packaged() -> None:
+    """True, the default, lets a folder of C sources pass for a package that `packages` forgot: a warning per build."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert setup["include-package-data"] is False
+
+
 def test_every_data_file_is_packaged() -> None:
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
         "package-data"

@@ -42,6 +42,14 @@ def test_hostile_json_is_one_sentence(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"), [(b"null", "null"), (b"[]", "list"), (b'"a"', "string"), (b"true", "boolean"), (b"1.5", "number")]
+)
+def test_what_is_no_object_is_called_as_json_calls_it(data, kind):
+    with pytest.raises(BadInput, match=f"^x holds a JSON {kind}, not an object$"):
+        parse_json_object(data, "x")
+
+
 def test_huge_files_are_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from qwenfit.planner.engines import llamacpp
 from qwenfit.planner.engines.engine import Setup
 from qwenfit.planner.engines.llamacpp_devices import _fewest_filled, shares
+from qwenfit.planner.engines.llamacpp_launch import gguf_name, mmproj_name
 from qwenfit.planner.request import Options
 from qwenfit.profiles import device, devices_of
 from qwenfit.profiles.errors import UnknownName, Unsupported
 from qwenfit.profiles.formats import weight_format
+from qwenfit.profiles.frozen import replace
 from qwenfit.profiles.model_catalog import model
 
 GIB = 1 << 30
@@ -215,6 +217,11 @@ def test_refusals() -> None:
     assert llamacpp.loads(model("9b"), weight_format("fp8"), device("rtx4090"), "b11434")
     assert llamacpp.loads(model("9b"), weight_format("q4_k_m"), device("rtx4090"), "b11434") is None
     assert llamacpp.loads(model("9b"), weight_format("bf16"), device("rtx4090"), "b11434") is None
+    mine, checkpoint = replace(model("9b"), path="D/MINE.GGUF", repo="D/MINE.GGUF"), weight_format("checkpoint")
+    assert llamacpp.loads(mine, checkpoint, device("rtx4090"), "b11434")
+    mine = replace(mine, quantization={"method": "gguf"})
+    assert llamacpp.loads(mine, checkpoint, device("rtx4090"), "b11434") is None
+    assert gguf_name(mine, checkpoint) == "D/MINE.GGUF" and mmproj_name(mine) == "mmproj-MINE-F16.gguf"
 
 
 @pytest.mark.parametrize(

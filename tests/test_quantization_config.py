@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qwenfit.profiles.errors import BadInput, Unsupported
+from qwenfit.profiles.formats import weight_format
 from qwenfit.profiles.quantization_config import read_quantization, stored_format
 
 # Qwen/Qwen3.5-*-FP8, Qwen/Qwen3.5-*-GPTQ-Int4 and nvidia/Qwen3.5-122B-A10B-NVFP4, less their lists of modules.
@@ -39,7 +40,7 @@ PACKED = {
             {"method": "gptq", "bits": 4, "group_size": 128, "symmetric": True, "attention_kept": True},
             "gptq-int4-official",
         ),
-        (GPTQ | {"dynamic": None}, {"method": "gptq", "bits": 4, "group_size": 128, "symmetric": True}, "int4"),
+        (GPTQ | {"dynamic": None}, {"method": "gptq", "bits": 4, "group_size": 128, "symmetric": True}, "int4-gptq"),
         (
             NVFP4,
             {
@@ -62,12 +63,17 @@ PACKED = {
                 "type": "int",
                 "algorithm": "pack-quantized",
             },
-            "int8",
+            "int8-g32-asym",
         ),
         (
             {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
             {"method": "awq", "bits": 4, "group_size": 128, "symmetric": False},
-            "int4",
+            "int4-awq",
+        ),
+        (
+            {"group_size": 64, "bits": 4, "mode": "affine"},  # what mlx-lm's `quantize_model` writes
+            {"method": "mlx", "bits": 4, "group_size": 64},
+            "mlx-4bit",
         ),
     ],
 )
@@ -75,6 +81,34 @@ def test_methods(config, found, stored):
     for data, text in (({"quantization_config": config}, {}), ({}, {"quantization_config": config})):
         assert read_quantization(data, text, "config.json") == found
     assert stored_format(found, "config.json") == stored
+
+
+@pytest.mark.parametrize(
+    ("config", "stored"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}, "int4-gptq-g32"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False}, "int8-gptq-channel-asym"),
+        ({"quant_method": "gptq", "bits": 4}, "int4-gptq"),  # GPTQConfig's default: 128
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, "int4-awq-g64"),
+        ({"weights": {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": True}}, "int4-g32-sym"),
+        ({"weights": {"num_bits": 4, "type": "int", "group_size": 128, "symmetric": False}}, "int4"),
+        ({"weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}}, "int8-channel"),
+        (
+            {
+                "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+                "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+            },
+            "int8-w8a8",
+        ),
+    ],
+)
+def test_the_size_follows_from_group_and_dialect(config, stored):
+    """int4 in groups of 32 takes 4.5 bits a weight where groups of 128 take 4.16: the name has to say which."""
+    if "quant_method" not in config:
+        config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], **config}}}
+    found = read_quantization({"quantization_config": config}, {}, "config.json")
+    assert stored_format(found, "config.json") == stored
+    assert weight_format(stored).name == stored
 
 
 def test_without_quantization():
@@ -105,6 +139,11 @@ def test_methods_of_unknown_size_are_refused(method):
         {"quant_method": "gptq", "bits": [4]},
         {"quant_method": "gptq", "bits": "4"},
         {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": 4, "group_size": 0},
+        {"quant_method": "gptq", "bits": 4, "group_size": 48},
+        {"quant_method": "awq", "bits": 4, "group_size": -1},
+        {"bits": 3, "group_size": 64},
+        {"bits": 4, "group_size": 32},
         {"quant_method": "compressed-tensors", "config_groups": [1]},
         {"quant_method": "compressed-tensors", "config_groups": {"g": 1}},
         {"quant_method": "modelopt", "quant_algo": {}},

@@ -1,6 +1,7 @@
 """Receipts: what a log leaves open is asked for, the plan can be made anew, and a file is checked before it counts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,26 @@ def test_nothing_private_is_in_a_receipt() -> None:
     told = text(receipt(plan(request).best, log, "2026-11-22", "0", "jane's run on /home/jane/x"))
     for secret in ("/home", "secret", "sk-12345678", "jane-desktop", "hf_abc", "192.168"):
         assert secret not in told
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "served"),
+    [("x", "MODEL"), (".", "."), ("janes/config.json", "MODEL"), ("{home}/janes/config.json", "MODEL")],
+)
+def test_the_line_keeps_its_words_and_loses_the_path(
+    asked_for: str, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every `.` and every `x` of the line were once replaced; the folder of a config.json was left in it."""
+    for folder in (tmp_path / "x", tmp_path / "janes", tmp_path):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(LOGS.parent / "tiny_qwen3_5.json", folder / "config.json")
+    monkeypatch.chdir(tmp_path)
+    asked_for = asked_for.format(home=tmp_path)
+    request = Request(model=asked_for, devices=("rtx5090",), ctx_tokens=2048, engine="vllm", weights="bf16")
+    best = plan(request).best
+    line = receipt(best, read_log_file(str(LOGS / "vllm-0.24.0.log")), "2026-11-22", "0").command
+    words = best.command.split()
+    assert line.split() == [served if place == 2 else word for place, word in enumerate(words)]
 
 
 def damaged(change: Any) -> dict[str, Any]:

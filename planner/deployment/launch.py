@@ -56,7 +56,7 @@ class Launch:
         """The folder of an absolute path, which has to be at the same place in a container."""
         if not os.path.isabs(self.model):
             return None
-        return os.path.dirname(self.model) if self.model.endswith(".gguf") else self.model
+        return os.path.dirname(self.model) if self.model.lower().endswith(".gguf") else self.model
 
     def startup_s(self, disk_bytes_per_s: float, download_bytes_per_s: float) -> int:
         """Until the first answer: weights from the hub where they lie there, then from the disk, to boxes that have
@@ -78,7 +78,7 @@ def launch(plan: EnginePlan) -> Launch:
         environment = dict(word.split("=", 1) for word in words[:first])
         boxes.append(tuple(words[first:]))
     model = _model(plan.engine, boxes[0])
-    local = plan.setup.model.path is not None or model.startswith(("./", "/")) or model.endswith(".gguf")
+    local = plan.setup.model.path is not None or model.startswith(("./", "/")) or model.lower().endswith(".gguf")
     size = checkpoint_bytes(plan.setup.model, plan.setup.weights)
     return Launch(plan, environment, tuple(boxes), model, local, size)
 

@@ -1,5 +1,6 @@
-"""Launch lines that vLLM and SGLang share: the name of the checkpoint, shell quoting, JSON for one flag."""
+"""What launch lines share: the name of the checkpoint, shell quoting, JSON for one flag."""
 
+import os
 from collections.abc import Iterable
 
 from ...profiles.formats import WeightFormat
@@ -18,11 +19,20 @@ def node_address(node: int) -> str:
     return HEAD_ADDRESS if node == 0 else f"<NODE_{node}_IP>"
 
 
+def base_name(model: Model) -> str:
+    """What files made of the model are called by: the last part of its repository, or of the folder where it lies."""
+    where = model.repo if model.path is None else os.path.abspath(model.repo)
+    base = os.path.basename(where.rstrip("/"))
+    return base[: -len(".gguf")] if base.lower().endswith(".gguf") else base
+
+
 def checkpoint_name(model: Model, fmt: WeightFormat) -> str:
     """What to give an engine as the model: a repository, or the folder that `qwen-quant` writes."""
     if fmt.name in ("bf16", "checkpoint") or fmt.name == model.stored:
         return model.repo
-    base = model.repo.rstrip("/").rsplit("/", 1)[-1]
+    base = base_name(model)
+    if model.path is not None:
+        return f"./{base}-{fmt.name}"
     if fmt.releases and fmt.is_released(model):
         return _PUBLISHED[fmt.name].format(repo=model.repo, base=base)
     return f"./{base}-{fmt.name}"

@@ -27,7 +27,7 @@ from .llamacpp_cache import DEFAULT_UBATCH_TOKENS, FLOAT_TYPES, cache_types
 from .llamacpp_compute import flash_scratch_bytes
 from .llamacpp_devices import Layout, layout, without_experts
 from .llamacpp_host import PROMPT_CACHE_MIB, Host
-from .llamacpp_launch import gguf_name, rpc_line, server_line
+from .llamacpp_launch import gguf_name, is_gguf, rpc_line, server_line
 from .llamacpp_question import COMPUTE_HIGH, Question
 from .support import spread_warnings
 
@@ -64,7 +64,7 @@ def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str 
     """llama.cpp reads GGUF files and nothing else; bf16 means the GGUF of that type."""
     if fmt.family == "gguf" or fmt.name == "bf16":
         return None
-    if fmt.family == "checkpoint" and (model.path or "").endswith(".gguf"):
+    if fmt.family == "checkpoint" and is_gguf(model):
         return None
     return f"llama.cpp loads GGUF files only, not {fmt.name}: give a GGUF type such as q4_k_m"
 

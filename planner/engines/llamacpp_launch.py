@@ -3,7 +3,7 @@
 from ...profiles.formats import WeightFormat
 from ...profiles.model import Model
 from .engine import Setup
-from .launch import node_address, shell_line
+from .launch import base_name, node_address, shell_line
 from .llamacpp_cache import DEFAULT_BATCH_TOKENS, padded
 from .llamacpp_devices import MAX_IMAGE_TOKENS
 
@@ -60,21 +60,22 @@ def rpc_line(node: int) -> str:
 
 def gguf_name(model: Model, fmt: WeightFormat, mtp: bool = False) -> str:
     """The file itself where the model was read from one, else the name under which such files are published."""
-    if model.path is not None and model.path.endswith(".gguf"):
+    if model.path is not None and is_gguf(model):
         return model.path
     kind = (fmt.file_type or fmt.name).upper()
-    return f"{_base(model)}-{'MTP-' if mtp else ''}{kind}.gguf"
+    return f"{base_name(model)}-{'MTP-' if mtp else ''}{kind}.gguf"
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether it was read from a GGUF file, however that spells its ending."""
+    return (model.quantization or {}).get("method") == "gguf"
 
 
 def mmproj_name(model: Model) -> str:
-    return f"mmproj-{_base(model)}-F16.gguf"
+    return f"mmproj-{base_name(model)}-F16.gguf"
 
 
 def trained_tokens(model: Model, ctx_tokens: int) -> int:
     rope = model.yarn_rope(ctx_tokens) or {}
     original = rope.get("original_max_position_embeddings")
     return original if isinstance(original, int) else model.max_position_embeddings
-
-
-def _base(model: Model) -> str:
-    return model.repo.rstrip("/").rsplit("/", 1)[-1]

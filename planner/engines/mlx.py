@@ -25,7 +25,7 @@ from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import weight_table
 from .engine import Allocation, DeviceShare, Engine, Setup
-from .launch import shell_line
+from .launch import base_name, shell_line
 
 ENGINE = Engine(
     name="mlx",
@@ -224,7 +224,8 @@ class MlxEstimate:
         model, fmt = self.setup.model, self.setup.weights
         if model.stored or fmt.family != "mlx":
             return model.repo
-        return f"mlx-community/{model.repo.rsplit('/', 1)[-1]}-{fmt.name.removeprefix('mlx-')}"
+        owner = "mlx-community" if model.path is None else "."  # of one's own weights nobody published a conversion
+        return f"{owner}/{base_name(model)}-{fmt.name.removeprefix('mlx-')}"
 
 
 def _refuse(setup: Setup) -> None:

@@ -21,8 +21,9 @@ from ...profiles.model import Model
 from ..memory import Amount, Memory
 from . import llamacpp
 from .engine import Allocation, DeviceShare, Engine, Setup
-from .launch import shell_line
+from .launch import base_name, shell_line
 from .llamacpp import FIT_MARGIN_BYTES, GIB, SPARE, LlamaCppEstimate
+from .llamacpp_launch import gguf_name
 
 ENGINE = Engine(
     name="ollama",
@@ -129,7 +130,17 @@ class OllamaEstimate:
             "OLLAMA_MAX_LOADED_MODELS": 1,
         }
         server = shell_line([*(f"{name}={value}" for name, value in settings.items()), "ollama", "serve"])
-        return f"{server} & sleep 3; {shell_line(['ollama', 'run', self._tag()])}"
+        return f"{server} & sleep 3; {self._made()}{shell_line(['ollama', 'run', self._tag()])}"
+
+    def _made(self) -> str:
+        """A file of one's own gets a name in Ollama's store first; `ollama create` takes it from a Modelfile only."""
+        model = self.setup.model
+        if model.path is None:
+            return ""
+        name, file = base_name(model), gguf_name(model, self.setup.weights)
+        file = file if "/" in file else f"./{file}"  # a bare word would be a model of its store
+        written = f"{shell_line(['echo', f'FROM {file}'])} > {shell_line([f'{name}.Modelfile'])}"
+        return f"{written}; {shell_line(['ollama', 'create', self._tag(), '-f', f'{name}.Modelfile'])}; "
 
     def _batch(self, ctx_tokens: int) -> int:
         if len(self.by_batch) == 1:
@@ -137,13 +148,16 @@ class OllamaEstimate:
         return next((batch for limit, batch in BATCHES if ctx_tokens <= limit), LARGEST_BATCH_TOKENS)
 
     def _tag(self) -> str:
-        """`qwen3.5:9b`, with the type behind it where it is not the default; another GGUF by its repository."""
+        """`qwen3.5:9b`, with the type behind it where it is not the default; another GGUF by its repository; what was
+        read from disk by its name."""
         model, fmt = self.setup.model, self.setup.weights
+        if model.path is not None:
+            return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in model.name)
         family, _, size = model.name.partition("-")
-        if model.path is None and fmt.name in TAG_SUFFIXES and size:
+        if fmt.name in TAG_SUFFIXES and size:
             size = size.split("-")[0] if size[0].isdigit() else size
             return f"{family}:{size}{TAG_SUFFIXES[fmt.name]}"
-        return f"hf.co/unsloth/{model.repo.rstrip('/').rsplit('/', 1)[-1]}-GGUF:{(fmt.file_type or fmt.name).upper()}"
+        return f"hf.co/unsloth/{base_name(model)}-GGUF:{(fmt.file_type or fmt.name).upper()}"
 
     def _predicted_bytes(self, tokens: int) -> int:
         """`PredictServerVRAM`: the files, and an f16 cache of all layers."""

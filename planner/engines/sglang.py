@@ -16,7 +16,7 @@ from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
 from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
-from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
+from .support import capability, is_fp4, likened, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .vllm_budget import stage_weights
 from .vllm_scratch import MIB, MID, Constants
 
@@ -59,6 +59,7 @@ def runs_on(device: Device, version: str) -> str | None:
 
 def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str | None:
     """Why SGLang cannot load a format on a device, None where it can (get_min_capability in layers/quantization)."""
+    fmt = likened(model, fmt)
     if fmt.family == "gguf":
         return "SGLang does not load GGUF files of these models; llama.cpp does"
     if fmt.family not in ("safetensors", "checkpoint"):
@@ -205,7 +206,7 @@ def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], 
     table = rank_table(setup)
     layers = stage_layers(setup.model.num_layers, setup.pp)
     places, place_of_rank = unlike_ranks(setup)
-    ranks, fp4 = len(setup.devices), is_fp4(setup.weights)
+    ranks, fp4 = len(setup.devices), is_fp4(likened(setup.model, setup.weights))
     context_of = {
         device: scratch.outside(ranks, False, fp4 and capability(device) >= (10, 0), constants)
         for device in dict.fromkeys(setup.devices)

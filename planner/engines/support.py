@@ -3,7 +3,8 @@
 from functools import lru_cache
 
 from ...profiles.device import Device
-from ...profiles.formats import WeightFormat
+from ...profiles.errors import Unsupported
+from ...profiles.formats import WeightFormat, weight_format
 from ...profiles.model import Model
 from ..weights import WeightTable, weight_table
 from .engine import Setup
@@ -18,6 +19,26 @@ def capability(device: Device) -> tuple[int, int]:
 def named_capability(device: Device) -> str:
     """8.6, gfx1100, or none."""
     return device.compute_capability or "none"
+
+
+@lru_cache(maxsize=4096)
+def likened(model: Model, fmt: WeightFormat) -> WeightFormat:
+    """The named format whose loader a checkpoint read from disk needs: any GGUF is a GGUF, any NVFP4 needs FP4.
+
+    The format itself where it has a name already, or where nobody knows what the checkpoint's method is like.
+    """
+    quantization = model.quantization if fmt.family == "checkpoint" else None
+    if not quantization:
+        return fmt
+    from ...profiles.quantization_config import stored_format
+
+    like = {"gguf": "gguf-bf16", "mlx": "mlx-4bit"}.get(str(quantization.get("method")))
+    if quantization.get("type") == "float" and quantization.get("bits") == 4:
+        like = "nvfp4"
+    try:
+        return weight_format(stored_format(quantization, model.source) or fmt.name)
+    except Unsupported:
+        return weight_format(like) if like else fmt
 
 
 def is_fp4(fmt: WeightFormat) -> bool:
@@ -45,6 +66,7 @@ def rank_table(setup: Setup) -> WeightTable:
 def warnings(engine: str, devices: tuple[Device, ...], model: Model, fmt: WeightFormat) -> tuple[str, ...]:
     """What works, and not as one may expect."""
     found: list[str] = []
+    kind = likened(model, fmt)
     if len(set(devices)) > 1:
         found.append("unlike devices: the smallest decides the cache of all, and the slowest the speed of all")
     for device in dict.fromkeys(devices):
@@ -54,9 +76,9 @@ def warnings(engine: str, devices: tuple[Device, ...], model: Model, fmt: Weight
             continue
         if capability(device) < (8, 0):
             found.append(f"{device.title} has no bf16: {engine} computes in float16 there")
-        if fmt.name == "fp8" and capability(device) < (8, 9):
+        if kind.name == "fp8" and capability(device) < (8, 9):
             found.append(f"{device.title} has no fp8 arithmetic: weights only (Marlin), at bf16's compute speed")
-        if is_fp4(fmt) and capability(device) < (10, 0):
+        if is_fp4(kind) and capability(device) < (10, 0):
             found.append(f"{device.title} has no fp4 arithmetic: weights only (Marlin)")
     if not fmt.is_released(model):
         found.append(f"nobody published {model.name} as {fmt.name}: its size is what the publisher's rule would give")

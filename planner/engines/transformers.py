@@ -16,6 +16,8 @@ Read in transformers 5.23.0:
 Not modelled: offloading to host memory, tensor parallel plans (they need torchrun), padded batches.
 """
 
+import os
+
 from ...profiles.device import Device
 from ...profiles.errors import Unsupported
 from ...profiles.formats import WeightFormat, weight_format
@@ -24,7 +26,9 @@ from ...profiles.model import Model
 from ..memory import Amount, Memory, estimated, exactly
 from ..weights import WeightTable, weight_table
 from .engine import Allocation, DeviceShare, Engine, Setup
-from .launch import checkpoint_name, shell_line
+from .launch import base_name, checkpoint_name, shell_line
+from .llamacpp_launch import gguf_name
+from .support import likened
 
 ENGINE = Engine(
     name="transformers",
@@ -73,6 +77,7 @@ def runs_on(device: Device, version: str) -> str | None:
 
 def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str | None:
     """Why `from_pretrained` cannot load that format there."""
+    fmt = likened(model, fmt)
     if fmt.family == "mlx":
         return "transformers does not read MLX checkpoints: use --engine mlx, or bf16"
     if fmt.family == "gguf" and model.architecture == "qwen3_next":
@@ -267,11 +272,14 @@ class TransformersEstimate:
 
     @property
     def _checkpoint(self) -> str:
-        """`<repository>:<file>.gguf` is how `transformers serve` takes a GGUF."""
+        """`<repository or folder>:<file>.gguf` is how `transformers serve` takes a GGUF (`split_model_id`)."""
         model, fmt = self.setup.model, self.setup.weights
+        if model.path is not None and likened(model, fmt).family == "gguf":
+            folder, name = os.path.split(gguf_name(model, fmt))
+            return f"{folder or '.'}:{name}"
         if fmt.family != "gguf":
             return checkpoint_name(model, fmt)
-        name = model.repo.rsplit("/", 1)[-1]
+        name = base_name(model)
         return f"unsloth/{name}-GGUF:{name}-{fmt.name.removeprefix('gguf-').removesuffix('-mtp').upper()}.gguf"
 
 
@@ -292,7 +300,7 @@ def _refuse(setup: Setup) -> None:
 
 
 def _text_only_file(setup: Setup) -> bool:
-    return setup.weights.family == "gguf" or (setup.model.quantization or {}).get("method") == "gguf"
+    return likened(setup.model, setup.weights).family == "gguf"
 
 
 def _capability(device: Device) -> float:

@@ -14,7 +14,7 @@ from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
-from .support import capability, is_fp4, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
+from .support import capability, is_fp4, likened, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
 from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
@@ -66,6 +66,7 @@ def runs_on(device: Device, version: str) -> str | None:
 
 def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str | None:
     """Why vLLM cannot load a format on a device, None where it can."""
+    fmt = likened(model, fmt)
     if fmt.family == "gguf":
         return f"vLLM {version} does not load GGUF files of these models; llama.cpp does"
     if fmt.family not in ("safetensors", "checkpoint"):
@@ -258,7 +259,7 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
     table = rank_table(setup)
     places, place_of_rank = unlike_ranks(setup)
-    ranks, fp4 = len(setup.devices), is_fp4(setup.weights)
+    ranks, fp4 = len(setup.devices), is_fp4(likened(setup.model, setup.weights))
     outside_of = {
         device: scratch.outside(
             ranks, uses_flashinfer(device, setup.kv_dtype), fp4 and capability(device) >= (10, 0), constants

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 
 from ...profiles.frozen import dataclass
 from ..logs.engine_log import EngineLog
-from ..memory import Memory
 from ..plan import EnginePlan
 from ..receipt import Receipt, receipt
 from ..scores import TOTAL, PartScore, misses
 from ..speed import Interval, Speed
 
 SCHEMA = 1
-TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +116,6 @@ class Verification:
     def receipt(self) -> Receipt:
         """The same as a receipt, for `qwen-plan calibrate`."""
         return receipt(self.plan, self.log, self.date, self.qwenfit, f"qwen-plan verify, plan {self.plan_sha256[:12]}")
-
-
-def planned_memory(plan: EnginePlan) -> Memory:
-    """Of the first device, which is where a native run and a CPU's engine live."""
-    return plan.devices[0].memory
 
 
 def at(plan: EnginePlan, context_tokens: int, seqs: int) -> Speed | None:

@@ -152,6 +152,20 @@ def test_consecutive_sequences_are_the_text_in_order(tokenizer: Any, numbered: T
         consecutive_sequences(numbered, tokenizer, 1000, tokens=10_000_000)
 
 
+def test_fewer_tokens_than_a_sequence_holds_are_one_sequence(tokenizer: Any, numbered: Text) -> None:
+    """256 tokens in sequences of 512 were no sequence, and the search for no token never ended."""
+    sequences = consecutive_sequences(numbered, tokenizer, 512, tokens=256)
+    assert sequences.flatten().tolist() == tokenizer.encode(numbered.data.decode()).ids[:256]
+
+
+@pytest.mark.parametrize(("sequence_tokens", "tokens"), [(512, 1), (512, 0), (512, -5), (0, 256), (-4, 256), (1, None)])
+def test_sequences_that_predict_nothing(
+    tokenizer: Any, numbered: Text, sequence_tokens: int, tokens: int | None
+) -> None:
+    with pytest.raises(BadInput, match="predicts nothing: give --tokens and --sequence 2 or more"):
+        consecutive_sequences(numbered, tokenizer, sequence_tokens, tokens=tokens)
+
+
 def test_jsonl_is_the_texts_of_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\\ntwo", "url": 3}\n\n{"text": "drei ß"}\n', "utf-8")
