@@ -28,6 +28,8 @@ class Engine:
     spans_boxes: bool = False  # can run over several boxes
     replicates: bool = False  # has data parallelism of its own
     released: bool = True  # False: planned for, not ranked unless asked for by name
+    kept_states: int = 0  # recurrent states per sequence beside its own, where prefixes are cached
+    loads_as_stored: bool = True  # weights take no less than in the files; False: they have a layout of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
