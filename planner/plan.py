@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from ..profiles.device import Device
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
+from .candidates import engine_module
 from .documents import device_json, digest, options_json
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
+from .floor import floor
 from .memory import Amount, Memory
 from .quality import divergence
 from .request import Prices, Request
@@ -177,10 +179,16 @@ class EnginePlan:
 
     @cached_property
     def limits(self) -> Limits:
-        ceiling = max(MAX_CTX_TOKENS, self.ctx_tokens)
+        least = floor(engine_module(self.engine).ENGINE, self.setup)
+
+        def fits(ctx_tokens: int, seqs: int) -> bool:
+            if least and least.missing_bytes(ctx_tokens, seqs) > 0:
+                return False
+            return self.estimate.shortfall_bytes(ctx_tokens, seqs) <= 0
+
         return Limits(
-            _largest(lambda ctx_tokens: self.estimate.shortfall_bytes(ctx_tokens, self.seqs) <= 0, ceiling),
-            _largest(lambda seqs: self.estimate.shortfall_bytes(self.ctx_tokens, seqs) <= 0, max(MAX_SEQS, self.seqs)),
+            _largest(lambda ctx_tokens: fits(ctx_tokens, self.seqs), max(MAX_CTX_TOKENS, self.ctx_tokens)),
+            _largest(lambda seqs: fits(self.ctx_tokens, seqs), max(MAX_SEQS, self.seqs)),
         )
 
     @cached_property
@@ -205,7 +213,7 @@ class EnginePlan:
             "tight": self.tight,
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
-            "devices": [_share_json(share) for share in self.devices],
+            "devices": _shares_json(self.devices),
             "host": {"memory": _memory_json(self.host), "interval": _interval_json(self.host)},
             "limits": {"max_ctx_tokens": self.limits.max_ctx_tokens, "max_seqs": self.limits.max_seqs},
             "speed": self.speed.to_json() if self.speed else None,
@@ -291,13 +299,23 @@ def _memory_json(memory: Memory) -> dict[str, int]:
 
 
 def _interval_json(memory: Memory) -> dict[str, object]:
-    amounts = {**memory.parts, "total": memory.total}
-    return {f"{name}_bytes": _amount_json(amount) for name, amount in amounts.items()}
+    parts = {f"{name}_bytes": _amount_json(amount) for name, amount in memory.parts.items()}
+    return {**parts, "total_bytes": _amount_json(memory.total)}
 
 
 def _amount_json(amount: Amount) -> dict[str, object]:
     basis = "exact" if amount.exact else "estimated"
     return {"low": amount.low, "mid": amount.mid, "high": amount.high, "basis": basis}
+
+
+def _shares_json(shares: tuple[DeviceShare, ...]) -> list[dict[str, object]]:
+    """A device like the one before it is not worked out again: of many, most are."""
+    told: list[dict[str, object]] = []
+    for place, share in enumerate(shares):
+        like = shares[place - 1]
+        same = place and share.device is like.device and share.memory is like.memory
+        told.append(dict(told[-1]) if same else _share_json(share))
+    return told
 
 
 def _share_json(share: DeviceShare) -> dict[str, object]:
