@@ -13,6 +13,7 @@ from .engines.engine import Engine, Setup
 from .weights import weight_table
 from .work import CONV_BYTES, KV_BITS, STATE_BYTES
 
+COPYING = ("nvidia", "amd")  # `llamacpp_devices.py`, BACKENDS
 LARGEST_EXACT_HEAD = 256  # elements; KV_BITS counts scales per head as of heads of that size
 
 
@@ -26,7 +27,8 @@ class Floor:
     bare_bytes: int  # weights without the experts that may move, less the room on all devices
     token_bytes: int  # per layer of attention and token of context
     seq_bytes: int  # per other layer and sequence: states
-    attention_layers: int
+    copy_bytes: int  # per token of context on every rank: scratch of flash attention
+    attention_layers: int  # over all stages, as the engine counts them
     other_layers: int
     stage: "FullStage | None"  # None: one stage
     expert_bytes: int = 0  # that may move, as far as they go
@@ -42,7 +44,9 @@ class Floor:
         missing = bare // self.ranks
         if self.stage:
             missing = max(missing, self.stage.missing_bytes(attention, state))
-        if self.host_bytes is not None and bare + self.expert_bytes > self.host_bytes:  # however many layers move
+        missing += replica_seqs * ctx_tokens * self.copy_bytes
+        # in host memory lies what has no room on the devices, however many layers' experts move
+        if self.host_bytes is not None and bare + self.expert_bytes > self.host_bytes:
             missing = max(missing, self.expert_bytes - self.host_bytes)
         if self.shared_bytes is not None:
             missing = max(missing, bare + self.expert_bytes - self.shared_bytes)
@@ -95,6 +99,8 @@ def floor(engine: Engine, setup: Setup) -> Floor | None:
             other_bytes=lightest[1] // tp,
             room_bytes=max([device.usable_bytes for device in devices]),
         )
+    attention_layers, other_layers = _cached_layers(engine.pool, model, setup.pp, setup.mtp > 0)
+    copies = engine.copies_cache and setup.kv_dtype != "f16" and all(device.vendor in COPYING for device in devices)
     return Floor(
         ranks=len(devices),
         dp=setup.dp,
@@ -102,8 +108,9 @@ def floor(engine: Engine, setup: Setup) -> Floor | None:
         bare_bytes=setup.dp * weights.dense + (0 if moves else weights.experts) - room,
         token_bytes=_token_bytes(model, setup.kv_dtype, tp),
         seq_bytes=_states(engine, setup) * _state_bytes(model, setup.state_dtype, tp),
-        attention_layers=model.full_attention_layers,
-        other_layers=model.linear_attention_layers,
+        copy_bytes=_token_bytes(model, "f16", tp) if copies else 0,
+        attention_layers=attention_layers,
+        other_layers=other_layers,
         stage=stage,
         expert_bytes=expert_bytes,
         host_bytes=host_bytes,
@@ -133,6 +140,24 @@ def _weights(model: Model, fmt: WeightFormat) -> _Weights:
     )
     dense = sum(table.layers) + table.norm + (table.lm_head or table.embedding)
     return _Weights(dense, sum(table.experts), lightest, bare)
+
+
+@lru_cache(maxsize=4096)
+def _cached_layers(pool: str, model: Model, pp: int, drafts: bool) -> tuple[int, int]:
+    """Layers of attention, the draft's among them, and others that cache memory is taken for, over all stages."""
+    attention, other = model.full_attention_layers + drafts, model.linear_attention_layers
+    if pool == "fullest":
+        return pp * (-(-model.full_attention_layers // pp) + drafts), pp * -(-other // pp)
+    if pool == "layers" or not attention or not other:
+        return attention, other
+    # vllm_pool.py, `layout`: a block holds as many pages as the stage has layers of the group that has most there
+    fewer, more = sorted((attention, other))
+    size = more if more < 1.5 * fewer else fewer
+    groups, other_groups = -(-attention // size), -(-other // size)
+    least, rest = divmod(model.num_layers, pp)
+    pages = sum(-(-layers // (groups + other_groups)) for layers in [least] * (pp - rest) + [least + 1] * rest)
+    pages = max(pages, -(-attention // groups), -(-other // other_groups))
+    return groups * pages, other_groups * pages
 
 
 def _states(engine: Engine, setup: Setup) -> int:

@@ -71,7 +71,8 @@ def _nearest(
         )
 
     groups = [
-        (2.0 * (one != relative) + 1.0 * (other != backend), cases) for (one, other), cases in _cases_by_engine().items()
+        (2.0 * (one != relative) + 1.0 * (other != backend), cases)
+        for (one, other), cases in _cases_by_engine().items()
     ]
     nearest: tuple[float, int, Case] | None = None
     for apart, cases in sorted(groups, key=itemgetter(0)):

@@ -27,6 +27,7 @@ ENGINE = Engine(
     source="sglang on PyPI: mem_cache/kv_cache_configurator.py, model_executor/pool_configurator.py, arg_groups",
     spans_boxes=True,
     replicates=True,
+    pool="fullest",
     kept_states=4,
 )
 

