@@ -6,10 +6,12 @@ lacks no less than what is missing on the average, and some stage has its full s
 
 from functools import lru_cache
 
+from ..profiles.device import Device
 from ..profiles.formats import WeightFormat
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
 from .engines.engine import Engine, Setup
+from .engines.support import kinds
 from .weights import weight_table
 from .work import CONV_BYTES, KV_BITS, STATE_BYTES
 
@@ -77,14 +79,14 @@ def floor(engine: Engine, setup: Setup) -> Floor | None:
     if not engine.loads_as_stored:
         return None
     model, options, devices, tp = setup.model, setup.options, setup.devices, setup.tp
-    room = sum([device.usable_bytes for device in devices])
+    room, largest = _room(devices)
     weights = _weights(model, setup.weights)
     moves = engine.offloads and model.is_moe and options.offload_experts is not False and devices[0].vendor != "cpu"
     expert_bytes, host_bytes, shared_bytes = 0, None, None
     if moves and engine.parallelism == "layers":  # other engines rearrange what they keep in host memory
         expert_bytes = weights.experts
         if devices[0].kind == "unified":
-            shared_bytes = sum([device.memory_bytes for device in devices]) - room
+            shared_bytes = sum(device.memory_bytes for device in devices) - room
         else:
             host_bytes = options.host_memory_bytes
     stage = None
@@ -97,10 +99,12 @@ def floor(engine: Engine, setup: Setup) -> Floor | None:
             layers=-(-(attention + other) // setup.pp),
             attention_bytes=lightest[0] // tp,
             other_bytes=lightest[1] // tp,
-            room_bytes=max([device.usable_bytes for device in devices]),
+            room_bytes=largest,
         )
     attention_layers, other_layers = _cached_layers(engine.pool, model, setup.pp, setup.mtp > 0)
-    copies = engine.copies_cache and setup.kv_dtype != "f16" and all(device.vendor in COPYING for device in devices)
+    copies = (
+        engine.copies_cache and setup.kv_dtype != "f16" and all(device.vendor in COPYING for device in kinds(devices))
+    )
     return Floor(
         ranks=len(devices),
         dp=setup.dp,
@@ -116,6 +120,12 @@ def floor(engine: Engine, setup: Setup) -> Floor | None:
         host_bytes=host_bytes,
         shared_bytes=shared_bytes,
     )
+
+
+@lru_cache(maxsize=4096)
+def _room(devices: tuple[Device, ...]) -> tuple[int, int]:
+    """On all devices, and on the largest."""
+    return sum(device.usable_bytes for device in devices), max(device.usable_bytes for device in devices)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
