@@ -309,13 +309,16 @@ def _amount_json(amount: Amount) -> dict[str, object]:
 
 
 def _shares_json(shares: tuple[DeviceShare, ...]) -> list[dict[str, object]]:
-    """A device like the one before it is not worked out again: of many, most are."""
-    told: list[dict[str, object]] = []
+    """Devices that hold the same are told as one object: of many, most do."""
+    told: dict[DeviceShare, dict[str, object]] = {}
+    found: list[dict[str, object]] = []
     for place, share in enumerate(shares):
         like = shares[place - 1]
-        same = place and share.device is like.device and share.memory is like.memory
-        told.append(dict(told[-1]) if same else _share_json(share))
-    return told
+        if place and share.device is like.device and share.memory is like.memory:
+            found.append(found[-1])
+        else:
+            found.append(told.get(share) or told.setdefault(share, _share_json(share)))
+    return found
 
 
 def _share_json(share: DeviceShare) -> dict[str, object]:
