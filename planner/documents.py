@@ -18,8 +18,8 @@ def digest(document: Mapping[str, object]) -> str:
 
 
 def _spelled(value: object, known: dict[int, str]) -> str:
-    """JSON in that spelling. A plan tells the same of many devices, as one object, which is spelled once and then `known`
-    by its id. What holds no lists of objects is spelled in one go."""
+    """JSON in that spelling. A plan tells the same of many devices, as one object, which is spelled once, `known` by
+    its id. What holds no lists of objects is spelled in one go."""
     if isinstance(value, dict):
         found = known.get(id(value))
         if found is None:
