@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from ..profiles.device import Device
 from ..profiles.frozen import dataclass
 from ..profiles.model import Model
-from .candidates import engine_module
 from .documents import device_json, digest, options_json
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
-from .floor import floor
+from .floor import Floor
 from .memory import Amount, Memory
 from .quality import divergence
 from .request import Prices, Request
@@ -61,6 +60,7 @@ class EnginePlan:
     notes: tuple[str, ...] = ()  # warnings that no engine needs to know about: rope scaling and the like
     assumed_host_bytes: int | None = None  # host memory that was taken for granted
     prices: Prices = Prices()
+    floor: Floor | None = None  # of the setup; None: not known
 
     @property
     def engine_version(self) -> str:
@@ -179,10 +179,8 @@ class EnginePlan:
 
     @cached_property
     def limits(self) -> Limits:
-        least = floor(engine_module(self.engine).ENGINE, self.setup)
-
         def fits(ctx_tokens: int, seqs: int) -> bool:
-            if least and least.missing_bytes(ctx_tokens, seqs) > 0:
+            if self.floor and self.floor.missing_bytes(ctx_tokens, seqs) > 0:
                 return False
             return self.estimate.shortfall_bytes(ctx_tokens, seqs) <= 0
 

@@ -31,10 +31,17 @@ class Prospect:
         estimate = self.offered.estimate(self.place)
         if estimate is None:
             return None
-        name, request = self.offered.engine.name, self.request
-        seqs, prices = request.seqs, request.prices
+        request = self.request
         return EnginePlan(
-            name, self.setup, estimate, request.ctx_tokens, seqs, self.notes, self.assumed_host_bytes, prices
+            self.offered.engine.name,
+            self.setup,
+            estimate,
+            request.ctx_tokens,
+            request.seqs,
+            self.notes,
+            self.assumed_host_bytes,
+            request.prices,
+            self.offered.floor(self.place),
         )
 
 
