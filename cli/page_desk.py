@@ -8,7 +8,7 @@ from ..planner.offers import Offers, offers
 from ..planner.plan import Plan
 from ..planner.request import Request
 from ..planner.weights import weight_table
-from ..profiles.device_names import device
+from ..profiles.device_names import device, devices
 from ..profiles.formats import weight_format
 from ..profiles.model_catalog import models
 from .page_guard import AT_ONCE, REPORT_WAIT_S, REPORTS_AT_ONCE, WAIT_S, Turns
@@ -30,8 +30,9 @@ class Desk:
         self.turns, self.reports = Turns(AT_ONCE, WAIT_S), Turns(REPORTS_AT_ONCE, REPORT_WAIT_S)
 
     def warm(self) -> None:
-        """What is the same for every question, before anybody asks: the engines' code, and each model's weights in
-        every format. The first questions would wait for it longer than for their answers."""
+        """What is the same for every question, before anybody asks: the engines' code, the devices, and each model's
+        weights in every format. The first questions would wait for it longer than for their answers."""
+        devices()
         self.offers(Question())
         for asked in TYPICAL:
             self.plan(asked)

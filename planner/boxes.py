@@ -10,6 +10,7 @@ from ..profiles.interconnect import assumed_interconnect, interconnect
 from ..profiles.model import Model
 from .placement import Placement, Spread, block_obstacle, expert_ranks
 from .plan import EnginePlan
+from .prospects import Prospect
 from .request import Request
 from .search import context_notes, on_devices, plans_of, rank, version_notes, worth_ranking
 from .speed import decode_tokens_per_s
@@ -40,7 +41,7 @@ def best_spread(
     is looked at where nothing else fits and nobody asked for sizes."""
     notes = context_notes(asked_model, request.ctx_tokens) + version_notes(module.ENGINE, version)
     ways = [spread]
-    if spread.nodes > 1 and request.tp is None:
+    if spread.nodes > 1 and request.tp is None and module.ENGINE.parallelism == "tensor":
         ways.append(replace(spread, across=True))
     found: list[EnginePlan] = []
     refusal: str | None = None
@@ -82,17 +83,18 @@ def _wider_note(module: ModuleType, best: EnginePlan) -> tuple[str, ...]:
     )
 
 
-def _best_placed(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+def _best_placed(offered: Iterable[Prospect]) -> list[EnginePlan]:
     """As `worth_ranking`, but of one format the first sure placement for each number of replicas, and of those the
     fastest."""
     sure: dict[int, EnginePlan] = {}
-    others: list[EnginePlan] = []
-    for found in plans:
-        first = next(iter(sure.values()), found)
-        if (found.weights, found.kv_dtype) != (first.weights, first.kv_dtype):
+    others: list[Prospect] = []
+    for one in offered:
+        first = next(iter(sure.values()), None)
+        if first and (one.setup.weights, one.setup.kv_dtype) != (first.setup.weights, first.kv_dtype):
             break
-        if found.fits and not found.tight:
+        found = one.plan if one.least_missing_bytes <= 0 else None
+        if found and found.fits and not found.tight:
             sure.setdefault(found.dp, found)
         else:
-            others.append(found)
+            others.append(one)
     return [min(sure.values(), key=rank)] if sure else worth_ranking(others)

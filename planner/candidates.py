@@ -15,7 +15,9 @@ from ..profiles.formats import WeightFormat, weight_format
 from ..profiles.model import Model
 from ..profiles.names import did_you_mean, quote
 from .engines.engine import Engine, Estimate, Setup
+from .engines.support import kinds
 from .engines.versions import release
+from .floor import Floor, floor
 from .quality import divergence
 from .request import Options
 
@@ -60,29 +62,33 @@ def known_version(engine: Engine, version: str) -> str:
 
 
 class Candidates:
-    """Setups of one engine, best quality first. Each is worked out when it is first reached, and kept."""
+    """Setups of one engine, best quality first. Each is worked out when it is first asked for, and kept."""
 
-    def __init__(self, prepare: Callable[[Setup], Estimate], setups: list[Setup], refusal: str | None) -> None:
-        self._prepare = prepare
-        self._left = setups[::-1]
-        self._made: list[tuple[Setup, Estimate]] = []
-        self.refusal = refusal  # the first reason heard why something is not offered
+    def __init__(self, engine: Engine, prepare: Callable[[Setup], Estimate], setups: list[Setup], refusal: str | None):
+        self.engine, self.setups = engine, setups
+        self._prepare, self._refusal = prepare, refusal
+        self._made: dict[int, Estimate | None] = {}
+        self._refused: dict[int, str] = {}
+        self._floors: dict[int, Floor | None] = {}
 
-    def __iter__(self) -> Iterator[tuple[Setup, Estimate]]:
-        place = 0
-        while place < len(self._made) or self._make_next():
-            yield self._made[place]
-            place += 1
+    @property
+    def refusal(self) -> str | None:
+        """Why something is not offered: the first reason, of those that were heard."""
+        return self._refusal or (self._refused[min(self._refused)] if self._refused else None)
 
-    def _make_next(self) -> bool:
-        while self._left:
-            setup = self._left.pop()
+    def estimate(self, place: int) -> Estimate | None:
+        """None where the engine refuses the setup."""
+        if place not in self._made:
             try:
-                self._made.append((setup, self._prepare(setup)))
-                return True
+                self._made[place] = self._prepare(self.setups[place])
             except (UnknownName, Unsupported) as reason:  # a cache type may be another engine's word
-                self.refusal = self.refusal or str(reason)
-        return False
+                self._made[place], self._refused[place] = None, str(reason)
+        return self._made[place]
+
+    def floor(self, place: int) -> Floor | None:
+        if place not in self._floors:
+            self._floors[place] = floor(self.engine, self.setups[place])
+        return self._floors[place]
 
 
 @lru_cache(maxsize=512)  # a sweep asks for one setup at many contexts; more would only feed the garbage collector
@@ -111,13 +117,13 @@ def candidates(
         from .placement import refusal as spread_refusal
 
         refusal = refusal or spread_refusal(module.ENGINE, model, spread)
-    refusal = refusal or _first(module.runs_on(device, version) for device in dict.fromkeys(devices))
+    refusal = refusal or _first(module.runs_on(device, version) for device in kinds(devices))
     if refusal:
-        return Candidates(module.estimate, [], refusal)
+        return Candidates(module.ENGINE, module.estimate, [], refusal)
     formats: list[WeightFormat] = []
     for name in _weight_names(module, weights, model, devices[0]):
         fmt = weight_format(name)
-        reason = _first(module.loads(model, fmt, device, version) for device in devices)
+        reason = _first(module.loads(model, fmt, device, version) for device in kinds(devices))
         if reason is None:
             formats.append(fmt)
         refusal = refusal or reason
@@ -130,14 +136,14 @@ def candidates(
         setups, why = _spread_setups(
             module, version, model, devices, pairs, state_dtype, mtp, vision, tp, pp, options, spread
         )
-        return Candidates(module.estimate, setups, refusal or why)
+        return Candidates(module.ENGINE, module.estimate, setups, refusal or why)
     places = list(_placements(module.ENGINE, model, len(devices), tp, pp))
     setups = [
         Setup(model, fmt, devices[: ranks * stages], version, own, state_dtype, ranks, stages, mtp, vision, options)
         for fmt, own in pairs
         for ranks, stages in places
     ]
-    return Candidates(module.estimate, setups, refusal)
+    return Candidates(module.ENGINE, module.estimate, setups, refusal)
 
 
 def _spread_setups(

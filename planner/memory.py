@@ -51,10 +51,18 @@ class Memory:
 
     @property
     def total(self) -> Amount:
-        parts = self.parts.values()
-        return Amount(
-            sum([part.low for part in parts]),
-            sum([part.mid for part in parts]),
-            sum([part.high for part in parts]),
-            all([part.exact for part in parts]),
-        )
+        low = mid = high = 0
+        exact = True
+        for part in (
+            self.weights,
+            self.kv_cache,
+            self.recurrent_state,
+            self.activation,
+            self.graph,
+            self.runtime,
+        ):
+            low += part.low
+            mid += part.mid
+            high += part.high
+            exact = exact and part.exact
+        return Amount(low, mid, high, exact)

@@ -21,7 +21,8 @@ FP8_BLOCK = 128  # rows and columns that share a scale in Qwen's FP8 releases (c
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What was asked of boxes and replicas. `across`: tensor parallelism over boxes may be offered unasked."""
+    """What was asked of boxes and replicas. `across`: the ways that are offered unasked, with tensor parallelism over
+    boxes, and those alone."""
 
     nodes: int
     dp: int | None
@@ -57,7 +58,7 @@ def placements(
     engine: Engine, model: Model, box: int, spread: Spread, tp: int | None, pp: int | None
 ) -> list[Placement]:
     """Ways over `spread.nodes` boxes of `box` devices, the preferred one first. Unsupported where none is left of what
-    was asked for."""
+    was asked for; what is offered unasked may be nothing."""
     if engine.parallelism == "single":
         return [Placement(1, 1, 1, 1)]
     if engine.parallelism == "layers":
@@ -71,7 +72,7 @@ def placements(
             place = _placed(box, spread, ranks, stages, dp, asked=tp is not None)
             if place is not None:
                 found.append(place)
-    if not found:
+    if not found and not spread.across:
         raise Unsupported(_nowhere(model, box, spread, tp, pp))
     return found
 
@@ -108,6 +109,8 @@ def _placed(box: int, spread: Spread, tp: int, pp: int, dp: int, asked: bool) ->
     if ranks > box:
         return None
     if tp <= ranks:
+        if spread.across:
+            return None
         return Placement(tp, pp, dp, ranks) if ranks % tp == 0 else None
     link = spread.interconnect
     offered = asked or (spread.across and link is not None and link.takes_tensor_parallelism)

@@ -9,6 +9,7 @@ from ..profiles.frozen import dataclass
 from ..profiles.model import Model
 from .documents import device_json, digest, options_json
 from .engines.engine import Allocation, DeviceShare, Estimate, Setup
+from .floor import Floor
 from .memory import Amount, Memory
 from .quality import divergence
 from .request import Prices, Request
@@ -59,6 +60,7 @@ class EnginePlan:
     notes: tuple[str, ...] = ()  # warnings that no engine needs to know about: rope scaling and the like
     assumed_host_bytes: int | None = None  # host memory that was taken for granted
     prices: Prices = Prices()
+    floor: Floor | None = None  # of the setup; None: not known
 
     @property
     def engine_version(self) -> str:
@@ -177,10 +179,14 @@ class EnginePlan:
 
     @cached_property
     def limits(self) -> Limits:
-        ceiling = max(MAX_CTX_TOKENS, self.ctx_tokens)
+        def fits(ctx_tokens: int, seqs: int) -> bool:
+            if self.floor and self.floor.missing_bytes(ctx_tokens, seqs) > 0:
+                return False
+            return self.estimate.shortfall_bytes(ctx_tokens, seqs) <= 0
+
         return Limits(
-            _largest(lambda ctx_tokens: self.estimate.shortfall_bytes(ctx_tokens, self.seqs) <= 0, ceiling),
-            _largest(lambda seqs: self.estimate.shortfall_bytes(self.ctx_tokens, seqs) <= 0, max(MAX_SEQS, self.seqs)),
+            _largest(lambda ctx_tokens: fits(ctx_tokens, self.seqs), max(MAX_CTX_TOKENS, self.ctx_tokens)),
+            _largest(lambda seqs: fits(self.ctx_tokens, seqs), max(MAX_SEQS, self.seqs)),
         )
 
     @cached_property
@@ -205,7 +211,7 @@ class EnginePlan:
             "tight": self.tight,
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
-            "devices": [_share_json(share) for share in self.devices],
+            "devices": _shares_json(self.devices),
             "host": {"memory": _memory_json(self.host), "interval": _interval_json(self.host)},
             "limits": {"max_ctx_tokens": self.limits.max_ctx_tokens, "max_seqs": self.limits.max_seqs},
             "speed": self.speed.to_json() if self.speed else None,
@@ -291,13 +297,26 @@ def _memory_json(memory: Memory) -> dict[str, int]:
 
 
 def _interval_json(memory: Memory) -> dict[str, object]:
-    amounts = {**memory.parts, "total": memory.total}
-    return {f"{name}_bytes": _amount_json(amount) for name, amount in amounts.items()}
+    parts = {f"{name}_bytes": _amount_json(amount) for name, amount in memory.parts.items()}
+    return {**parts, "total_bytes": _amount_json(memory.total)}
 
 
 def _amount_json(amount: Amount) -> dict[str, object]:
     basis = "exact" if amount.exact else "estimated"
     return {"low": amount.low, "mid": amount.mid, "high": amount.high, "basis": basis}
+
+
+def _shares_json(shares: tuple[DeviceShare, ...]) -> list[dict[str, object]]:
+    """Devices that hold the same are told as one object: of many, most do."""
+    told: dict[DeviceShare, dict[str, object]] = {}
+    found: list[dict[str, object]] = []
+    for place, share in enumerate(shares):
+        like = shares[place - 1]
+        if place and share.device is like.device and share.memory is like.memory:
+            found.append(found[-1])
+        else:
+            found.append(told.get(share) or told.setdefault(share, _share_json(share)))
+    return found
 
 
 def _share_json(share: DeviceShare) -> dict[str, object]:

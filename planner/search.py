@@ -24,6 +24,7 @@ from .candidates import ENGINE_MODULES, Candidates, candidates, engine_module, k
 from .engines.engine import Engine
 from .engines.versions import release
 from .plan import MAX_CTX_TOKENS, Advisor, EnginePlan, Plan, Skipped
+from .prospects import Prospect, nearest_miss, prospects
 from .quality import STATE_DIVERGENCE
 from .request import Options, Request
 from .speed import decode_tokens_per_s
@@ -160,8 +161,8 @@ def plans_of(
     notes: tuple[str, ...],
     assumed: int | None = None,
     spread: "Spread | None" = None,
-) -> tuple[Candidates, Iterator[EnginePlan]]:
-    """What an engine offers for the request in one way, and the plans of that, each made when it is reached."""
+) -> tuple[Candidates, Iterator[Prospect]]:
+    """What an engine offers for the request in one way, and what may become plans of that, in order of quality."""
     offered = candidates(
         module,
         version,
@@ -177,10 +178,7 @@ def plans_of(
         options,
         spread,
     )
-    name, ctx_tokens, seqs, prices = module.ENGINE.name, request.ctx_tokens, request.seqs, request.prices
-    return offered, (
-        EnginePlan(name, setup, estimate, ctx_tokens, seqs, notes, assumed, prices) for setup, estimate in offered
-    )
+    return offered, prospects(offered, request, notes, assumed)
 
 
 def _is_good(candidate: EnginePlan) -> bool:
@@ -188,19 +186,24 @@ def _is_good(candidate: EnginePlan) -> bool:
     return candidate.fits and candidate.divergence <= FOUR_BIT_DIVERGENCE and not candidate.tight
 
 
-def worth_ranking(plans: Iterable[EnginePlan]) -> list[EnginePlan]:
+def worth_ranking(offered: Iterable[Prospect]) -> list[EnginePlan]:
     """Of plans in order of quality: the first sure fit, else the first tight one, else the nearest miss."""
     tight: EnginePlan | None = None
-    nearest: EnginePlan | None = None
-    for found in plans:
+    misses: list[Prospect] = []
+    for one in offered:
+        if one.least_missing_bytes > 0:
+            misses.append(one)
+            continue
+        found = one.plan
+        if found is None:
+            continue
         if not found.fits:
-            if nearest is None or found.shortfall_bytes < nearest.shortfall_bytes:
-                nearest = found
+            misses.append(one)
         elif found.tight:
             tight = tight or found
         else:
             return [found]
-    best = tight or nearest
+    best = tight or nearest_miss(misses)
     return [best] if best else []
 
 

@@ -88,7 +88,7 @@ def weight_table(model: Model, fmt: WeightFormat, tp: int = 1, dp: int = 1, ep: 
             f"the experts of {model.name} have {model.moe_intermediate_size} rows, which {tp} x {dp} ranks do not "
             f"divide: --ep {tp * dp} deals them out whole"
         )
-    layers, experts = [0] * model.num_layers, [0] * model.num_layers
+    runs: dict[tuple[tuple[int, ...], bool], int] = {}  # bytes per layer, by the layers and whether routed experts
     outside = {"embedding": 0, "lm_head": 0, "norm": 0, "vision": 0, "mtp": 0, "mtp_experts": 0}
     for piece in pieces(model, fmt):
         routed = piece.role.startswith("experts.")
@@ -102,16 +102,21 @@ def weight_table(model: Model, fmt: WeightFormat, tp: int = 1, dp: int = 1, ep: 
             size = -(-_rank_bytes(piece, model, fmt, 1) * piece.per_layer * most // model.num_experts)
         else:
             size = _rank_bytes(piece, model, fmt, tp * dp) * piece.per_layer
-        if piece.part == "vision":
+        part = piece.tensor.part
+        if part == "vision":
             outside["vision"] += size * (len(piece.layers) or 1)
-        elif piece.part == "mtp":
+        elif part == "mtp":
             outside["mtp_experts" if routed else "mtp"] += size * (len(piece.layers) or 1)
         elif piece.layers:
-            column = experts if routed else layers
-            for layer in piece.layers:
-                column[layer] += size
+            run = piece.layers, routed
+            runs[run] = runs.get(run, 0) + size
         else:
             outside[piece.role if piece.role in _BY_VOCABULARY else "norm"] += size
+    layers, experts = [0] * model.num_layers, [0] * model.num_layers
+    for (places, routed), size in runs.items():
+        column = experts if routed else layers
+        for layer in places:
+            column[layer] += size
     return WeightTable(tuple(layers), tuple(experts), **outside)
 
 
@@ -125,7 +130,6 @@ def _rank_bytes(piece: Piece, model: Model, fmt: WeightFormat, tp: int) -> int:
     return storage_bytes(_shard(piece, model, fmt, tp), storage)
 
 
-@lru_cache(maxsize=256)
 def _resident(storage: Storage) -> Storage:
     return replace(storage, column_bytes=0) if storage.column_bytes else storage
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenfit.planner.engines.budget_steps import Choice, choices
+from qwenfit.planner.engines.budget_steps import Choice, choices, last_choice
 
 
 def order(scratch: list[int], default: int = 900, fixed: int | None = None) -> tuple[Choice, ...]:
@@ -62,3 +62,9 @@ def test_totals_never_fall(scratch: list[int], default: int) -> None:
     totals = [choice.thousandths + scratch[choice.batch] for choice in found]
     assert totals == sorted(totals)
     assert found[-1] == Choice(len(scratch) - 1, 1000 - scratch[-1], False)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.integers(100, 990), st.none() | st.integers(1, 999))
+def test_the_last_is_known_without_the_others(scratch: list[int], default: int, fixed: int | None) -> None:
+    last = len(scratch) - 1
+    assert order(scratch, default, fixed)[-1] == last_choice(last, fixed, 1000 - scratch[-1], 1000 - 2 * scratch[-1])

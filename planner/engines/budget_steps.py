@@ -55,6 +55,13 @@ def choices(
     return tuple(found)
 
 
+def last_choice(batch: int, fixed: int | None, highest: int, surest: int) -> Choice:
+    """The last of `choices`, without the others: its `batch` is the last, and so are the largest fractions that leave
+    room for the expected and for the upper figures."""
+    thousandths = max(highest, surest) if fixed is None else fixed
+    return Choice(batch, thousandths, thousandths <= surest)
+
+
 def _within(batch: int, steps: list[int], least: Sequence[int], totals: Callable[[int, int], Sequence[int]]) -> int:
     """How many of the steps, which rise, leave every device with no more than `least`."""
     low, high = 0, len(steps)

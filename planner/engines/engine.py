@@ -28,6 +28,11 @@ class Engine:
     spans_boxes: bool = False  # can run over several boxes
     replicates: bool = False  # has data parallelism of its own
     released: bool = True  # False: planned for, not ranked unless asked for by name
+    pool: str = "layers"  # layers: each rank keeps its own layers' cache; fullest: as the fullest stage of each kind;
+    # blocks: groups of layers share blocks (`vllm_pool.py`)
+    copies_cache: bool = False  # flash attention of CUDA and ROCm has room for a layer's cache in f16, where it is not
+    kept_states: int = 0  # recurrent states per sequence beside its own, where prefixes are cached
+    loads_as_stored: bool = True  # weights take no less than in the files; False: they have a layout of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,7 @@ ENGINE = Engine(
     "ggml-backend.cpp, common/arg.cpp, tools/server",
     parallelism="layers",
     offloads=True,
+    copies_cache=True,
     spans_boxes=True,
 )
 

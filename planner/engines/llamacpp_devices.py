@@ -310,7 +310,7 @@ def layout(setup: Setup, types: tuple[str, str], moved: int) -> Layout:
         options.calibration,
         setup.version,
     )
-    return _layout(setup, found, moved)
+    return _same_layout(found, setup.mtp, moved)
 
 
 def without_experts(setup: Setup, whole: Layout, moved: int, moved_bytes: int) -> Layout:
@@ -318,10 +318,16 @@ def without_experts(setup: Setup, whole: Layout, moved: int, moved_bytes: int) -
     (share,) = whole.shares
     copy_bytes = largest_expert_tensor_bytes(setup.model, setup.weights)
     left = replace(share, weights_bytes=share.weights_bytes - moved_bytes, expert_copy_bytes=copy_bytes)
-    return _layout(setup, (left,), moved)
+    return _layout((left,), setup.mtp, moved)
 
 
-def _layout(setup: Setup, found: tuple[Share, ...], moved: int) -> Layout:
+@lru_cache(maxsize=1024)
+def _same_layout(found: tuple[Share, ...], mtp: int, moved: int) -> Layout:
+    """Of shares that were dealt out before: batches of several sizes ask for them."""
+    return _layout(found, mtp, moved)
+
+
+def _layout(found: tuple[Share, ...], mtp: int, moved: int) -> Layout:
     return Layout(
         moved=moved,
         shares=found,
@@ -329,7 +335,7 @@ def _layout(setup: Setup, found: tuple[Share, ...], moved: int) -> Layout:
             share.weights_bytes + share.expert_copy_bytes + share.backend.runtime.mid + share.vision.mid
             for share in found
         ),
-        seq_bytes=tuple(share.state_bytes * (1 + setup.mtp) for share in found),
+        seq_bytes=tuple(share.state_bytes * (1 + mtp) for share in found),
         doubt_bytes=tuple(
             share.backend.runtime.high - share.backend.runtime.mid + share.vision.high - share.vision.mid
             for share in found

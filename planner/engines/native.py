@@ -44,6 +44,7 @@ ENGINE = Engine(
     parallelism="single",
     serves=False,
     released=False,
+    loads_as_stored=False,
 )
 
 GIB = 1 << 30

@@ -32,6 +32,7 @@ ENGINE = Engine(
     source="Ollama git fb30760 (21 August 2026, before the release of 0.33.0): llm, server/routes.go, envconfig",
     parallelism="layers",
     offloads=True,
+    copies_cache=True,
 )
 
 BATCHES = ((4096, 512), (32768, 1024))  # context up to -> -b and -ub; 2048 beyond

@@ -16,7 +16,17 @@ from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
 from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
-from .support import capability, is_fp4, likened, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
+from .support import (
+    capability,
+    is_fp4,
+    kinds,
+    likened,
+    named_capability,
+    rank_table,
+    spread_warnings,
+    unlike_ranks,
+    warnings,
+)
 from .vllm_budget import stage_weights
 from .vllm_scratch import MIB, MID, Constants
 
@@ -27,6 +37,8 @@ ENGINE = Engine(
     source="sglang on PyPI: mem_cache/kv_cache_configurator.py, model_executor/pool_configurator.py, arg_groups",
     spans_boxes=True,
     replicates=True,
+    pool="fullest",
+    kept_states=4,
 )
 
 SMALLEST_CHUNK_TOKENS = 2048
@@ -131,13 +143,13 @@ def estimate(setup: Setup) -> Estimate:
     _refuse_spread(setup)
     spread = () if setup.expert_dp == setup.ep == 1 else (setup.expert_dp, setup.ep)
     wide = setup.tp * setup.expert_dp  # SGLang's tp_size: replicas that share experts lie inside it
-    for device in dict.fromkeys(devices):
+    for device in kinds(devices):
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device)
         if obstacle:
             raise Unsupported(obstacle)
     radix = options.prefix_caching
     sizes = cells(model, setup.tp, setup.pp, setup.kv_dtype, setup.state_dtype, radix, "extra_buffer", setup.mtp)
-    smallest = min(devices, key=lambda device: device.memory_bytes)
+    smallest = min(kinds(devices), key=lambda device: device.memory_bytes)
     chunks = _chunks(setup, own_defaults(smallest, wide)[0] // setup.expert_dp)
     image_tokens = 0
     if setup.vision and model.vision is not None:
@@ -145,8 +157,7 @@ def estimate(setup: Setup) -> Estimate:
     constants = scratch.constants(options.calibration, "sglang", setup.version, devices)
     stations, place_of_rank = _stations(setup, constants)
     own = min(
-        own_fraction(device, model, wide, setup.pp, setup.vision, options.cuda_graphs)
-        for device in dict.fromkeys(devices)
+        own_fraction(device, model, wide, setup.pp, setup.vision, options.cuda_graphs) for device in kinds(devices)
     )
     low, mid, high = scratch.sampler_row_bytes(model, constants)
     made = SglangEstimate(
@@ -164,7 +175,7 @@ def estimate(setup: Setup) -> Estimate:
         cuda_graphs=options.cuda_graphs,
         workspace_bytes=FLASHINFER_WORKSPACE_BYTES if smallest.vendor == "nvidia" else 0,
         image_cache_bytes=MULTIMODAL_CACHE_BYTES if image_tokens else 0,
-        page_tokens=max(map(page_tokens, devices)),
+        page_tokens=max(map(page_tokens, kinds(devices))),
         own_thousandths=int(own * 1000),
         fixed_thousandths=_fixed_thousandths(options.gpu_memory_utilization),
         radix=radix,
@@ -203,13 +214,13 @@ def _chunks(setup: Setup, default: int) -> tuple[int, ...]:
 
 
 def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = rank_table(setup)
     layers = stage_layers(setup.model.num_layers, setup.pp)
-    places, place_of_rank = unlike_ranks(setup)
+    weights = stage_weights(rank_table(setup), layers, setup.vision, setup.mtp > 0)
+    places, place_of_rank = unlike_ranks(setup.devices, setup.tp, setup.pp)
     ranks, fp4 = len(setup.devices), is_fp4(likened(setup.model, setup.weights))
     context_of = {
         device: scratch.outside(ranks, False, fp4 and capability(device) >= (10, 0), constants)
-        for device in dict.fromkeys(setup.devices)
+        for device in kinds(setup.devices)
     }
     stations: list[Station] = []
     for stage, device in places:
@@ -218,7 +229,7 @@ def _stations(setup: Setup, constants: Constants) -> tuple[tuple[Station, ...], 
         stations.append(
             Station(
                 device=device,
-                weights_bytes=stage_weights(table, setup, stage, layers[stage]),
+                weights_bytes=weights[stage],
                 reach_bytes=int(device.usable_bytes * safe_fraction),
                 free_bytes=max(1, device.usable_bytes - int(context[MID])),
                 context=context,

@@ -17,7 +17,7 @@ from ...profiles.device import Device
 from ...profiles.frozen import dataclass
 from ..memory import Amount, Memory, exactly
 from . import vllm_scratch as scratch
-from .budget_steps import Choice, choices
+from .budget_steps import Choice, choices, last_choice
 from .engine import Allocation, DeviceShare, Setup
 from .sglang_launch import launch_line
 from .sglang_pool import Cells
@@ -85,11 +85,11 @@ class SglangEstimate:
         return peak + active.held[bound] + self.workspace_bytes
 
     def _outside_bytes(self, chunk: int, bound: int) -> tuple[int, ...]:
-        """Per station, room that is kept whatever the sequences: for the largest decode batch that SGLang captures by
-        default."""
+        """Per kind of device, room that is kept whatever the sequences: for the largest decode batch that SGLang
+        captures by default."""
         active = self._active_bytes(self.largest_decode_batch, chunk, bound)
         graphs = self._graph_bytes(self.largest_decode_batch, chunk, bound)
-        return tuple(int(station.context[bound] + active + graphs) for station in self.stations)
+        return tuple([int(station.context[bound] + active + graphs) for station in self._kinds])
 
     @cached_property
     def _choices(self) -> tuple[Choice, ...]:
@@ -102,10 +102,25 @@ class SglangEstimate:
             self._totals,
         )
 
+    @cached_property
+    def _last_choice(self) -> Choice:
+        """The same as the last of `_choices`, which alone decides what is missing."""
+        last = len(self.chunks) - 1
+        return last_choice(
+            last, self.fixed_thousandths, self._highest_thousandths(last, MID), self._highest_thousandths(last, HIGH)
+        )
+
+    @cached_property
+    def _kinds(self) -> tuple[Station, ...]:
+        """A station for each kind of device, where stages do not matter."""
+        return tuple({station.device: station for station in self.stations}.values())
+
     def _highest_thousandths(self, chunk: int, bound: int) -> int:
         room = min(
-            (station.reach_bytes - outside) / station.free_bytes
-            for station, outside in zip(self.stations, self._outside_bytes(chunk, bound), strict=True)
+            [
+                (station.reach_bytes - outside) / station.free_bytes
+                for station, outside in zip(self._kinds, self._outside_bytes(chunk, bound), strict=True)
+            ]
         )
         return max(10, min(990, int(room * 1000)))
 
@@ -113,25 +128,31 @@ class SglangEstimate:
         """What is taken for one sequence; more of them add graphs and rows to every choice alike."""
         active, graphs = self._active_bytes(1, chunk, MID), int(self._graph_bytes(1, chunk, MID))
         return tuple(
-            station.free_bytes * thousandths // 1000 + int(station.context[MID] + active) + graphs
-            for station in self.stations
+            [
+                station.free_bytes * thousandths // 1000 + int(station.context[MID] + active) + graphs
+                for station in self._kinds
+            ]
         )
 
     @cached_property
     def _margins(self) -> tuple[int, ...]:
         """Per station, what is left of the largest static part after weights and image cache, below 0."""
-        highest = self._choices[-1].thousandths
+        highest = self._last_choice.thousandths
         return tuple(
-            station.weights_bytes + self.image_cache_bytes - station.free_bytes * highest // 1000
-            for station in self.stations
+            [
+                station.weights_bytes + self.image_cache_bytes - station.free_bytes * highest // 1000
+                for station in self.stations
+            ]
         )
 
     @cached_property
     def _overdrawn_bytes(self) -> int:
-        last = self._choices[-1]
+        last = self._last_choice
         return max(
-            station.free_bytes * last.thousandths // 1000 + outside - station.reach_bytes
-            for station, outside in zip(self.stations, self._outside_bytes(last.batch, MID), strict=True)
+            [
+                station.free_bytes * last.thousandths // 1000 + outside - station.reach_bytes
+                for station, outside in zip(self._kinds, self._outside_bytes(last.batch, MID), strict=True)
+            ]
         )
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
@@ -159,7 +180,7 @@ class SglangEstimate:
             for choice in self._choices[last_safe:]:
                 if self._pool_bytes(choice) >= needed:
                     return choice, True, False
-        return self._choices[-1], False, False
+        return self._last_choice, False, False
 
     def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
         return self._chosen(ctx_tokens, seqs)[2]
@@ -238,7 +259,7 @@ class SglangEstimate:
     def _reason(self, station: Station, memory: Memory, ctx_tokens: int, seqs: int, shortfall: int) -> str:
         if shortfall == self._overdrawn_bytes:
             return (
-                f"a static fraction of {self._choices[-1].thousandths / 1000} leaves {shortfall / GIB:.2f} GiB "
+                f"a static fraction of {self._last_choice.thousandths / 1000} leaves {shortfall / GIB:.2f} GiB "
                 f"too little on {station.device.title} for activations and graphs"
             )
         sequences = "one sequence" if seqs == 1 else f"{seqs:,} sequences"

@@ -9,6 +9,7 @@ what `mem_fraction_static` keeps back.
 """
 
 from functools import lru_cache
+from itertools import accumulate
 
 from ...profiles.errors import BadInput, UnknownName, Unsupported
 from ...profiles.frozen import dataclass
@@ -50,12 +51,13 @@ class Cells:
         return self.state_bytes * (slots + 1 + self.draft_tokens * (running + 1 if self.draft_tokens else 0))
 
 
+@lru_cache(maxsize=1024)
 def stage_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     """Layers of each pipeline stage: what does not divide goes to the last stages (`distributed/utils.py`,
     `get_pp_indices`; vLLM's rule is another)."""
     least, rest = divmod(num_layers, pp)
     sizes = [least + (stage >= pp - rest) for stage in range(pp)]
-    ends = [sum(sizes[: stage + 1]) for stage in range(pp)]
+    ends = accumulate(sizes)
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
@@ -85,13 +87,9 @@ def cells(
     columns = model.linear_conv_kernel_dim - 1
     layer_bytes = (2 * columns * model.conv_dim + STATE_BYTES[state_dtype] * model.state_elements) // tp
     token_bytes = max(1, model.num_key_value_heads // tp) * 2 * model.head_dim * KV_BYTES[kv_dtype]
-    attention = [
-        sum(model.layer_types[layer] == "full_attention" for layer in stage)
-        for stage in stage_layers(len(model.layer_types), pp)
-    ]
-    states = max(
-        len(stage) - count for stage, count in zip(stage_layers(len(model.layer_types), pp), attention, strict=True)
-    )
+    stages = stage_layers(len(model.layer_types), pp)
+    attention = [model.layer_types[stage.start : stage.stop].count("full_attention") for stage in stages]
+    states = max(len(stage) - count for stage, count in zip(stages, attention, strict=True))
     cell_bytes = token_bytes * max(attention)
     if mtp:
         cell_bytes += int(cell_bytes * max(1, model.mtp_num_hidden_layers) / max(attention))

@@ -45,13 +45,19 @@ def is_fp4(fmt: WeightFormat) -> bool:
     return fmt.name.startswith("nvfp4")
 
 
-def unlike_ranks(setup: Setup) -> tuple[tuple[tuple[int, Device], ...], tuple[int, ...]]:
+@lru_cache(maxsize=4096)
+def kinds(devices: tuple[Device, ...]) -> tuple[Device, ...]:
+    """One of each, in order."""
+    return tuple(dict.fromkeys(devices))
+
+
+@lru_cache(maxsize=4096)
+def unlike_ranks(
+    devices: tuple[Device, ...], tp: int, pp: int
+) -> tuple[tuple[tuple[int, Device], ...], tuple[int, ...]]:
     """Stages and devices on which ranks hold different things, and for every rank its place among them."""
     places: dict[tuple[int, Device], int] = {}
-    of_rank = [
-        places.setdefault((rank // setup.tp % setup.pp, device), len(places))
-        for rank, device in enumerate(setup.devices)
-    ]
+    of_rank = [places.setdefault((rank // tp % pp, device), len(places)) for rank, device in enumerate(devices)]
     return tuple(places), tuple(of_rank)
 
 
@@ -69,7 +75,7 @@ def warnings(engine: str, devices: tuple[Device, ...], model: Model, fmt: Weight
     kind = likened(model, fmt)
     if len(set(devices)) > 1:
         found.append("unlike devices: the smallest decides the cache of all, and the slowest the speed of all")
-    for device in dict.fromkeys(devices):
+    for device in kinds(devices):
         if device.vendor == "intel":
             found.append(f"{engine} on Intel GPUs: what it takes beside weights and cache was not checked on hardware")
         if device.vendor != "nvidia":

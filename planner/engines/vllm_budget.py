@@ -12,19 +12,21 @@ small the utilization rises, then the batch falls, and in such an order that the
 more sequences or heavier weights only ever move on along the list.
 """
 
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import ceil
+from operator import add
 
 from ...profiles.device import Device
 from ...profiles.frozen import dataclass
 from ..memory import Amount, Memory, exactly
 from ..weights import WeightTable
 from . import vllm_scratch as scratch
-from .budget_steps import Choice, choices
+from .budget_steps import Choice, choices, last_choice
 from .engine import Allocation, DeviceShare, Setup
 from .launch import shell_line
 from .vllm_launch import launch_words, node_words
-from .vllm_pool import Layout, stage_layers
+from .vllm_pool import Layout
 from .vllm_scratch import GIB, HIGH, LOW, MID, Activations, Bounds
 
 
@@ -106,33 +108,49 @@ class VllmEstimate:
             self._totals,
         )
 
+    @cached_property
+    def _last_choice(self) -> Choice:
+        """The same as the last of `_choices`, which alone decides what is missing."""
+        last = len(self.batches) - 1
+        return last_choice(
+            last, self.fixed_thousandths, self._highest_thousandths(last, MID), self._highest_thousandths(last, HIGH)
+        )
+
+    @cached_property
+    def _kinds(self) -> tuple[Station, ...]:
+        """A station for each kind of device, where stages do not matter."""
+        return tuple({station.device: station for station in self.stations}.values())
+
     def _highest_thousandths(self, batch: int, bound: int) -> int:
         """The highest utilization that leaves every device room for what lies outside the budget."""
         room = min(
-            (station.reach_bytes - self._outside_bytes(station, batch, bound)) / station.total_bytes
-            for station in self.stations
+            [
+                (station.reach_bytes - self._outside_bytes(station, batch, bound)) / station.total_bytes
+                for station in self._kinds
+            ]
         )
         return max(10, min(990, int(room * 1000)))
 
     def _totals(self, batch: int, thousandths: int) -> tuple[int, ...]:
         return tuple(
-            station.requested_bytes(thousandths) + self._outside_bytes(station, batch, MID) for station in self.stations
+            [station.requested_bytes(thousandths) + self._outside_bytes(station, batch, MID) for station in self._kinds]
         )
 
     @cached_property
     def _margins(self) -> tuple[tuple[int, int], ...]:
         """Per station, weights less its largest budget, and the bytes of a block."""
-        highest = self._choices[-1].thousandths
+        highest = self._last_choice.thousandths
+        budgets = {station.device: station.requested_bytes(highest) for station in self._kinds}
         return tuple(
-            (station.weights_bytes - station.requested_bytes(highest), station.block_bytes) for station in self.stations
+            [(station.weights_bytes - budgets[station.device], station.block_bytes) for station in self.stations]
         )
 
     @cached_property
     def _overdrawn_bytes(self) -> int:
         """What is missing outside the largest budget: above 0 where it was fixed too high, or on a tiny device."""
-        last = self._choices[-1]
+        last = self._last_choice
         totals = self._totals(last.batch, last.thousandths)
-        return max(total - station.reach_bytes for total, station in zip(totals, self.stations, strict=True))
+        return max([total - station.reach_bytes for total, station in zip(totals, self._kinds, strict=True)])
 
     def shortfall_bytes(self, ctx_tokens: int, seqs: int) -> int:
         missing = max(self._missing(ctx_tokens, seqs))
@@ -158,7 +176,7 @@ class VllmEstimate:
             for choice in self._choices[last_safe:]:
                 if self._num_blocks(choice, seqs, MID) >= blocks:
                     return choice, True, False
-        return self._choices[-1], False, False
+        return self._last_choice, False, False
 
     def is_sure(self, ctx_tokens: int, seqs: int) -> bool:
         return self._chosen(ctx_tokens, seqs)[2]
@@ -243,7 +261,7 @@ class VllmEstimate:
     ) -> str:
         if missing <= 0:
             return (
-                f"a utilization of {self._choices[-1].thousandths / 1000} leaves {shortfall / GIB:.2f} GiB too little "
+                f"a utilization of {self._last_choice.thousandths / 1000} leaves {shortfall / GIB:.2f} GiB too little "
                 f"on {station.device.title} for the driver and for prefill scratch, which lie outside it"
             )
         sequences = "one sequence" if seqs == 1 else f"{seqs:,} sequences"
@@ -294,20 +312,18 @@ class VllmEstimate:
         return [self._line(choice, ctx_tokens, seqs, node) for node in range(self.setup.nodes)]
 
 
-def stage_weights(table: WeightTable, setup: Setup, stage: int, layers: range | None = None) -> int:
-    """One rank of one stage: embedding and vision tower on the first; lm_head, norm and drafts on the last. Where these
-    are two, an embedding that is tied to the lm_head or read by drafts lies on both. `layers`: those of the stage,
-    where they are not vLLM's."""
-    layers = layers or stage_layers(setup.model.num_layers, setup.pp)[stage]
-    first, last = stage == 0, stage == setup.pp - 1
-    total = sum(table.layers[layers.start : layers.stop]) + sum(table.experts[layers.start : layers.stop])
-    if first:
-        total += table.embedding + (table.vision if setup.vision else 0)
-    if last:
-        total += table.lm_head + table.norm + (table.mtp + table.mtp_experts if setup.mtp else 0)
-        if not first and (setup.mtp or not table.lm_head):
-            total += table.embedding
-    return total
+@lru_cache(maxsize=1024)
+def stage_weights(table: WeightTable, stages: tuple[range, ...], vision: bool, drafts: bool) -> tuple[int, ...]:
+    """Bytes on one rank of each stage, which are given as their layers: embedding and vision tower on the first;
+    lm_head, norm and drafts on the last. Where these are two, an embedding that is tied to the lm_head or read by
+    drafts lies on both."""
+    sums = list(accumulate(map(add, table.layers, table.experts), initial=0))
+    found = [sums[layers.stop] - sums[layers.start] for layers in stages]
+    found[0] += table.embedding + (table.vision if vision else 0)
+    found[-1] += table.lm_head + table.norm + (table.mtp + table.mtp_experts if drafts else 0)
+    if len(stages) > 1 and (drafts or not table.lm_head):
+        found[-1] += table.embedding
+    return tuple(found)
 
 
 def _amount(bounds: tuple[float, ...]) -> Amount:

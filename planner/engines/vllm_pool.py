@@ -10,8 +10,10 @@ request then takes `ceil(ctx / block)` blocks per attention group and a fixed nu
 All bytes are those of one tensor-parallel rank. This file knows no devices and no weights.
 """
 
+from bisect import bisect_left
 from functools import lru_cache
 from itertools import accumulate
+from operator import sub
 
 from ...profiles.errors import BadInput, UnknownName, Unsupported
 from ...profiles.frozen import dataclass
@@ -152,11 +154,11 @@ def layout(
     fewer, more = sorted((len(attention), len(states)))
     group_size = more if more < 1.5 * fewer else fewer
     groups = _groups(attention, group_size) + _groups(states, group_size)
-    last = len(model.layer_types) - 1
-    stage_bytes_per_block = tuple(
-        block_tokens * token_bytes * max(sum(min(layer, last) in stage for layer in group) for group in groups)
-        for stage in stage_layers(len(model.layer_types), pp)
-    )
+    stages = stage_layers(len(model.layer_types), pp)
+    ends = [0, *(stage.stop for stage in stages[:-1]), len(model.layer_types) + 1]  # the draft layer is behind the last
+    before = [[bisect_left(group, end) for end in ends] for group in groups]  # layers of each group
+    fullest = [max(counts) for counts in zip(*(map(sub, upto[1:], upto) for upto in before), strict=True)]
+    stage_bytes_per_block = tuple([block_tokens * token_bytes * count for count in fullest])
     return Layout(
         block_tokens=block_tokens,
         page_bytes=block_tokens * token_bytes,
