@@ -128,8 +128,7 @@ static RowScales scales_as_floats(const Gemv *t, int64_t at, int64_t rows)
 
 /* `rows` rows of W (16, or GEMV_MOST_ROWS) in `runs` runs that are read side by side (of 16 rows 0, 4, 8 and 12, then
  * 1, 5, 9 and 13, ...), times `group` streams of activations from stream `from` on: sums[rows s + row] are the lanes of
- * one product. Columns go in panels, so that the activations of one stay in L1
- * while the rows pass.
+ * one product. Columns go in panels, so that the activations of one stay in L1 while the rows pass.
  *
  * This loop must leave memory no time to wait; a line takes 6 to 7 ns to come, and 3 to 4 to be multiplied:
  * Each run is a stream of neighbouring lines, which the processor's own prefetchers follow, and its lines are asked for
