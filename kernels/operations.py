@@ -24,6 +24,8 @@ class Operations:
     decode: None, or the forward pass of a decode step as one program, in place of the operations one by one:
         decode(model, tokens int64 [B S], step, buffers) -> hidden states after the final norm [B S, E]. It may keep
         what it compiles, with the addresses of weights and buffers in it, in `buffers.programs`.
+    arrange: None, or how a quantized matrix should lie in memory for these operations: the same matrix in the same
+        shapes, with other strides. Called once, when a model is put together.
     choices: which path each operation takes, and why, for people.
     """
 
@@ -41,6 +43,7 @@ class Operations:
     attention_prefill: Callable[..., Tensor]
     attention_decode: Callable[..., Tensor]
     decode: Callable[..., Tensor] | None = None
+    arrange: Callable[[QuantizedWeight], QuantizedWeight] | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
 
 

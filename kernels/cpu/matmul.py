@@ -20,6 +20,7 @@ Without the C library: aten's packed matmuls (`packed.py`), bfloat16 inside, or 
 
 import ctypes
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,16 +156,29 @@ def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int 
     return rounded
 
 
+def with_scales_by_row(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight with the scales of a row as neighbours in memory, as the C kernels read them; zero points too.
+
+    Shapes and values stay ([..., groups, rows'], strides 1 and groups); nothing is copied where they lie so already.
+    A model's weights are arranged when they are loaded (`Operations.arrange`); others at every call.
+    """
+    scales, zeros = _by_row(weight.scales), weight.zeros
+    if zeros is not None:
+        zeros = _by_row(zeros.to(scales.dtype))
+    return weight if scales is weight.scales and zeros is weight.zeros else replace(weight, scales=scales, zeros=zeros)
+
+
+def _by_row(groups: Tensor) -> Tensor:
+    return groups if groups.mT.is_contiguous() else groups.mT.contiguous().mT
+
+
 def quantized_matrix(weight: QuantizedWeight, y: Tensor, bias: Tensor | None = None) -> tuple[Matrix, list[Any]]:
     """A weight (or a stack) with the rows that it writes, and what must stay alive."""
     padded_rows = weight.codes.shape[-2]
-    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
-    if not (codes.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())):
-        raise ValueError(
-            "the CPU kernels read codes, scales and zeros as they are packed: call .contiguous() when loading"
-        )
-    if zeros is not None and zeros.dtype != scales.dtype:
-        zeros = zeros.to(scales.dtype)
+    codes, arranged = weight.codes, with_scales_by_row(weight)
+    if not codes.is_contiguous():
+        raise ValueError("the CPU kernels read codes as they are packed: call .contiguous() when loading")
+    scales, zeros = arranged.scales, arranged.zeros
     columns = codes.shape[-1] * (4 if weight.bits == 4 else 1)
     stacked = codes.dim() == 3
     matrix = Matrix(
@@ -179,7 +193,7 @@ def quantized_matrix(weight: QuantizedWeight, y: Tensor, bias: Tensor | None = N
         padded_rows=padded_rows,
         columns=columns,
         expert_code_bytes=codes.stride(0) * codes.element_size() if stacked else 0,
-        expert_scales=scales.stride(0) if stacked else 0,
+        expert_scales=scales[0].numel() if stacked else 0,
         y=rows_of(y),
     )
     return matrix, [codes, scales, zeros, bias, y]
@@ -231,7 +245,7 @@ def add_matmul(
 
 
 def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
-    """Tiles of 32 rows in a task: many make reading scales cheap (csrc/matmul.h), and every thread wants some."""
+    """Tiles of 32 rows in a task: few tasks begin seldom (`find_times` in csrc/gemv.h), and every thread wants some."""
     if rows > GEMV_TOKENS and not slots:
         return 1
     tiles = sum(-(-matrix.rows // TILE_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))

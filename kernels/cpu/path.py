@@ -8,7 +8,7 @@ from .attention import attention_decode, attention_prefill, store_kv
 from .decode import decode
 from .delta import gated_delta_rule_prefill, gated_delta_rule_step
 from .library import cpu_library
-from .matmul import dense_linear, expert_matmul, quantized_matmul
+from .matmul import dense_linear, expert_matmul, quantized_matmul, with_scales_by_row
 from .norm import add_rms_norm, causal_conv1d_prefill, causal_conv1d_update, gated_rms_norm, rms_norm, rope
 
 
@@ -43,5 +43,6 @@ def cpu_path() -> Operations:
         attention_prefill=attention_prefill,
         attention_decode=attention_decode,
         decode=decode if in_c else None,
+        arrange=with_scales_by_row if in_c else None,
         choices=choices,
     )

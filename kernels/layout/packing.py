@@ -12,8 +12,10 @@ Word w of a block holds columns w, w + 32, w + 64 and w + 96 of that block, the 
 so one shift and one mask turn 32 words into 32 neighbouring columns, which belong to one group of 32, 64, 128 or more;
 a block is 64 bytes, one cache line and one AVX-512 register. int8: codes as signed bytes, row by row.
 
-Scales and zero points lie [groups, rows] (neighbouring rows are neighbours) in the dtype of the checkpoint, and a zero
-point is the integer it stands for. W[n, k] = scales[g, n] * (code[n, k] - zeros[g, n]), g = k // group_size.
+Scales and zero points are [groups, rows] in the dtype of the checkpoint, and a zero point is the integer it stands for.
+W[n, k] = scales[g, n] * (code[n, k] - zeros[g, n]), g = k // group_size. Neighbouring rows are neighbours in memory, as
+a GPU's threads want them; a model on the CPU has a row's groups as neighbours, so that they follow one another as its
+codes do (`cpu/matmul.py`, `with_scales_by_row`).
 
 Files hold unsigned codes 0..2^bits-1, and so do the functions here that fill a weight and read it back; the runtime
 keeps int8 codes and their zero points minus 128. Conversions, all lossless both ways: `gptq_layout.py`,

@@ -7,7 +7,7 @@ z (Qwen3-Next's in_proj_qkvz and in_proj_ba; transformers 5.23 `modeling_qwen3_n
 are sorted out once, at loading. Assembled on the CPU, one group of matrices at a time, each then moved to the device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -51,7 +51,7 @@ def assemble(
     with_prediction: bool,
 ) -> Model:
     """The model; the prediction layer only if it is asked for."""
-    builder = _Builder(source, configuration, dtype, device)
+    builder = _Builder(source, configuration, dtype, device, operations.arrange)
     vocabulary, size = configuration.vocab_size, configuration.hidden_size
     embedding = builder.placed(source.matrix("embed_tokens", vocabulary, size))
     lm_head = embedding
@@ -77,8 +77,16 @@ def assemble(
 class _Builder:
     """What every part of a model is built with."""
 
-    def __init__(self, source: Source, configuration: Configuration, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        configuration: Configuration,
+        dtype: torch.dtype,
+        device: torch.device,
+        arrange: Callable[[QuantizedWeight], QuantizedWeight] | None,
+    ) -> None:
         self.source, self.configuration, self.dtype, self.device = source, configuration, dtype, device
+        self.arrange = arrange
 
     def layer(self, prefix: str, is_full: bool) -> Layer:
         return Layer(
@@ -184,11 +192,12 @@ class _Builder:
         return tensor.to(self.device).contiguous()
 
     def placed(self, weight: Weight) -> Weight:
-        """On the device; a plain matrix in the dtype that the model computes in."""
+        """On the device, and as its operations want it; a plain matrix in the dtype that the model computes in."""
         if isinstance(weight, QuantizedWeight):
             tensors = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "order")}
             moved = {name: tensor.to(self.device) for name, tensor in tensors.items() if tensor is not None}
-            return replace(weight, **moved)
+            placed = replace(weight, **moved)
+            return self.arrange(placed) if self.arrange else placed
         return weight.to(self.device, self.dtype).contiguous()
 
     def all_placed(self, weights: Iterable[Weight]) -> Stacked:

@@ -7,11 +7,15 @@
 #include "elementary.h"
 
 #define WORD_MAX 32767.0f
+/* What int4 codes with a scale per 32 columns are multiplied by in a product (CODES_STAY in gemv.h), by part; a
+ * register full. */
+static const int32_t CODE_STEPS[16] = {1, 16, 256, 1, 1, 16, 256, 1, 1, 16, 256, 1, 1, 16, 256, 1};
 
 /* One block of one row: its 128 columns. */
 INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
 {
     int64_t streams = out->rows * out->planes;
+    const int codes_stay = out->lane_factor != 1 && out->parts == 4;
     v16f largest = f_zero(), trap = f_zero();
     for (int i = 0; i < 8; i++) {
         largest = f_max(largest, f_abs(columns[i]));
@@ -50,7 +54,8 @@ INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v1
             if ((nibble + 1) % per_part == 0) {
                 int64_t part = nibble / per_part;
                 lanes = i_mul(lanes, minus);
-                i_store(out->lanes + ((block * streams + stream) * out->parts + part) * 16, lanes);
+                i_store(out->lanes + ((block * streams + stream) * out->parts + part) * 16,
+                        codes_stay ? i_mul(lanes, i_set1(CODE_STEPS[part])) : lanes);
                 out->sums[(block * out->parts + part) * streams + stream] = i_sum(lanes);
                 lanes = i_zero();
             }

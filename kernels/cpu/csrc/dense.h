@@ -4,7 +4,8 @@
  * the order does not depend on the number of rows. x must be float32. bfloat16 costs one conversion and one
  * multiply-add per 16 weights, far below what memory takes. */
 #pragma once
-#include "matmul.h"
+#include "gemm.h"
+#include "gemv.h"
 
 #define DENSE_STREAMS 4
 
@@ -88,11 +89,12 @@ static int64_t matmul_scratch_bytes(const Matmul *op)
     if (op->x) {
         int64_t streams = op->x->rows * op->x->planes;
         gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
-        gemv = GEMV_TABLE_ROWS * op->x->blocks * op->x->parts * 4;
-        for (int64_t i = 0, most = 0; i < op->count; i++) {
-            int64_t words = scale_words(matrix_groups(op->matrices + i), TILE_ROWS * op->task_tiles);
-            if (words > most) gemv += (words - most) * 4, most = words;
-        }
+        gemv = GEMV_SCRATCH_ROWS * times_words(op->x) * 4;
+        int64_t most = 0;
+        for (int64_t i = 0; i < op->count; i++)
+            if (op->matrices[i].bits && tile_scale_words(op->matrices + i) > most)
+                most = tile_scale_words(op->matrices + i);
+        gemm += most * 4;
     }
     return gemm > gemv ? gemm : gemv;
 }

@@ -11,6 +11,7 @@ static void embed_task(const Embed *op, int64_t row, float *scratch)
     (void)scratch;
     const Matrix *m = op->matrix;
     const int64_t token = op->tokens[row], columns = op->y.stride;
+    const int64_t groups = (m->columns + m->group_size - 1) / m->group_size;
     for (int64_t column = 0; column < columns; column += 16) {
         if (m->bits == 0) {
             const int64_t count = columns - column < 16 ? columns - column : 16;
@@ -18,7 +19,7 @@ static void embed_task(const Embed *op, int64_t row, float *scratch)
                       load_some(m->codes, m->code_dtype, token * m->columns + column, count));
             continue;
         }
-        const int64_t at = column / m->group_size * m->padded_rows + token;
+        const int64_t at = token * groups + column / m->group_size;
         const float scale = load_one(m->scales, m->scale_dtype, at);
         const float zero = m->zeros ? load_one(m->zeros, m->scale_dtype, at) : m->bits == 4 ? 8 : 0;
         v16i codes;

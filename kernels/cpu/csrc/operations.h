@@ -40,7 +40,8 @@ typedef struct {
  * words: lanes[b][s][p][l] is minus lane_factor times the sum of the words that lane l of a dot product meets in part
  * p of the block; sums[b][p][s] their sum over lanes. A part is 128 / parts columns: what shares a scale of the
  * weights. lane_factor is 8 for symmetric int4 (codes stand around 8), 1 where the matrix has zero points to multiply
- * by. */
+ * by. Around symmetric int4 with 32 columns a part, lanes are also multiplied by CODE_STEPS[part], as the codes are.
+ */
 typedef struct {
     int16_t *words;
     float *scales;
@@ -65,7 +66,7 @@ typedef struct {
 /* One quantized matrix (bits 4 or 8) or one of floats (bits 0, dtype of `codes` in code_dtype), or a stack of them. */
 typedef struct {
     const void *codes;
-    const void *scales, *zeros; /* [groups][padded_rows], zeros may be null */
+    const void *scales, *zeros; /* [padded_rows][groups], zeros may be null */
     const void *bias;           /* of y's dtype, may be null */
     int64_t bits, code_dtype, scale_dtype, group_size, rows, padded_rows, columns; /* columns: padded to 128 */
     int64_t expert_code_bytes, expert_scales;

@@ -1,6 +1,9 @@
 """Matmuls of the CPU path against float64, over shapes, groups, instruction sets, threads and what lies around the
 buffers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from qwenfit.kernels.cpu.matmul import (
     expert_matmul,
     quantized_matmul,
     quantized_matrix,
+    with_scales_by_row,
 )
 from qwenfit.kernels.cpu.operations import Program
 from qwenfit.kernels.cpu.packed import packed_matmul, packed_path
@@ -156,11 +160,75 @@ def test_a_row_does_not_depend_on_its_neighbours_up_to_a_step_of_drafts(dtype: t
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [256, 1024, 4096])
 def test_many_short_rows_are_as_few(bits: int, group: int, symmetric: bool, columns: int) -> None:
-    # A task of 64 rows and more reads short rows 64 at a time (csrc/matmul.h); two tokens go 16 at a time.
+    # A task of 64 rows and more reads short rows 64 at a time (csrc/gemv.h); two tokens go 16 at a time.
     weight, x = weight_of(1100, columns, bits, group, symmetric), randn(2, columns).bfloat16()
     both = quantized_matmul(x, weight)
     for token in range(2):
         assert torch.equal(quantized_matmul(x[token][None], weight)[0], both[token])
+
+
+@in_c
+@isas
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "group"), [(1024, 128), (512, 64), (2304, 32), (1024, 256), (2560, 512), (640, -1)]
+)
+def test_scales_of_any_type_and_number_meet_their_columns(
+    monkeypatch, isa: str, scale_dtype: torch.dtype, symmetric: bool, columns: int, group: int
+) -> None:
+    # csrc/gemv.h reads 16 scales of a row at once: of two rows where a row has 8, a copy where one is for several
+    # blocks, of float16, and for the last rows. 100 rows: 64 at a time, 16, and what is left.
+    monkeypatch.setenv("QWENFIT_CPU_ISA", isa)
+    for bits in (4, 8):
+        weight = quantize_rtn(randn(100, columns).float(), bits, group, symmetric, scale_dtype)
+        for tokens in (1, 2, 7, 20):
+            x = randn(tokens, columns, seed=1).bfloat16()
+            assert_as_good_as_torch(quantized_matmul(x, weight), x, dequantize(weight))
+
+
+READ_AT_THE_END = """
+import ctypes, mmap, sys
+import torch
+from qwenfit.kernels.cpu.matmul import quantized_matmul
+from qwenfit.kernels.layout.packing import quantize_rtn
+from dataclasses import replace
+
+def at_the_end(tensor):
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    copy = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size).view(tensor.shape)
+    copy.copy_(tensor)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
+    return copy
+
+for columns, group in ((384, 128), (1024, 128), (512, 128), (640, 32), (1024, 512), (640, -1)):
+    weight = quantize_rtn(torch.randn(80, columns), 4, group, False)
+    lying = [at_the_end(tensor.mT.contiguous()).mT for tensor in (weight.scales, weight.zeros)]
+    guarded = replace(weight, codes=at_the_end(weight.codes), scales=lying[0], zeros=lying[1])
+    for tokens in (1, 3, 20):
+        x = torch.randn(tokens, columns).bfloat16()
+        assert torch.equal(quantized_matmul(x, guarded), quantized_matmul(x, weight))
+"""
+
+
+@in_c
+def test_nothing_behind_the_last_scale_is_read() -> None:
+    # Codes, scales and zero points each end where a page begins that nobody may read.
+    subprocess.run([sys.executable, "-c", READ_AT_THE_END], check=True, timeout=120)
+
+
+def test_scales_are_laid_out_by_row_once() -> None:
+    weight = weight_of(40, 512, 4, 64, False)
+    arranged = with_scales_by_row(weight)
+    for before, after in ((weight.scales, arranged.scales), (weight.zeros, arranged.zeros)):
+        assert before is not None and after is not None
+        assert torch.equal(before, after) and after.stride() == (1, 8)
+    assert with_scales_by_row(arranged) is arranged
+    stack = with_scales_by_row(quantize_rtn(randn(3, 40, 512).float(), 8, 64))
+    assert stack.scales.shape == (3, 8, 48) and stack.scales.stride() == (8 * 48, 1, 8) and stack.zeros is None
 
 
 @in_c
