@@ -33,6 +33,7 @@ HELP = """Quantize a Qwen3.5 checkpoint: layer by layer, on the machine you have
 """
 EPILOG = "Exit status: 0 done, 1 the answer is no, 2 not done, 130 interrupted (--resume goes on)."
 DEFAULT_SOURCE = "Qwen/Qwen3.5-9B"
+DEFAULT_GROUP_SIZE = 128
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 Source = Annotated[str, typer.Argument(metavar="[SRC]", help="a folder, or a repository on the hub", show_default=True)]
@@ -97,7 +98,9 @@ def _quantize(
     source: Source = DEFAULT_SOURCE,
     target: Target = "",
     bits: Annotated[int, typer.Option(metavar="4|8", help="of a code (6 in a GGUF file)")] = 4,
-    group_size: Annotated[int, typer.Option(metavar="N", help="columns per scale: 32, 64, 128, -1 for a row")] = 128,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="N", help="columns per scale: 32, 64, 128, -1 for a row [default: 128]")
+    ] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="default: asymmetric where it loads")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="gptq (4 bits), rtn (8 bits)")] = None,
     format: Annotated[
@@ -138,7 +141,7 @@ def _quantize(
     _check_device(device)
     asked = Recipe(
         bits=bits,
-        group_size=group_size,
+        group_size=DEFAULT_GROUP_SIZE if group_size is None else group_size,
         symmetric=symmetric,
         method=method,
         format=format,
@@ -156,6 +159,8 @@ def _quantize(
     if recipe:
         asked = read_recipe(recipe, asked)
     kind = (asked.gguf_type or GGUF_TYPES[asked.bits]) if asked.format == "gguf" else f"int{asked.bits}"
+    if asked.format == "gguf" and group_size is not None:
+        say(f"qwen-quant: a {kind.lower()} file has groups of its own, so --group-size {group_size} changes nothing")
     where = target or f"./{os.path.basename(source.rstrip('/'))}-{kind}"
     line = ProgressLine(sys.stderr)
     fitted = None

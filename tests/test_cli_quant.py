@@ -58,6 +58,15 @@ def test_a_checkpoint_its_inspection_and_its_evaluation(here: Path, capsys: pyte
     assert found["schema"] == 1 and 0 < found["mean_kl"] < 1 and len(found["layer_errors"]) == 4
 
 
+def test_a_group_size_that_a_gguf_type_does_not_take_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["Small", "--format", "gguf", "--gguf-type", "q8_0", "--dry-run"]
+    assert quant.main([*words, "--group-size", "64"]) == 0
+    page, said = capsys.readouterr()
+    assert "q8_0 file has groups of its own, so --group-size 64 changes nothing" in said
+    assert quant.main(words) == 0
+    assert capsys.readouterr() == (page, "")
+
+
 def test_eval_draws_a_bar_per_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="it draws: pip install matplotlib")
     assert quant.main(["Small", "out", "--bits", "8", "--group-size", "32"]) == 0

@@ -29,6 +29,9 @@ QUESTIONS = (
     "model=397b&gpu=dgx-spark&n=1&nodes=8",
     "model=397b&gpu=b200&n=32&nodes=4&seqs=256",
     "model=397b&gpu=rtx3090&n=8&gpu=rtx4090&n=8&seqs=4&vision=on",
+    "model=27b&gpu=rtx3060&n=32&nodes=2&seqs=256&mtp=2",
+    "model=122b-a10b&gpu=rtx3090&n=8&gpu=rtx4090&n=8&nodes=2&seqs=256&mtp=2",
+    "model=397b&gpu=a100-80gb&n=8&seqs=64",
 )
 RATE_S = 1 / 110  # between two requests at least: the server takes 120 a second from one address
 
