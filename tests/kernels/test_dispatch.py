@@ -66,7 +66,9 @@ def test_unknown_operations_are_refused() -> None:
 
 
 def test_the_names_are_those_of_the_operations() -> None:
-    assert {*OPERATIONS, "linear", "decode", "choices"} - {"quantized_matmul"} == set(Operations.__dataclass_fields__)
+    assert {*OPERATIONS, "linear", "decode", "arrange", "choices"} - {"quantized_matmul"} == set(
+        Operations.__dataclass_fields__
+    )
 
 
 def test_importing_it_imports_no_kernels() -> None:
