@@ -1,15 +1,15 @@
 """The C kernels of the CPU path: compiled once by this machine's compiler, kept in the user's cache, loaded by ctypes.
 
-`csrc/` holds one program text for every instruction set (its essay: csrc/lanes.h, csrc/matmul.h, csrc/pool.c). `isa.c`
-is compiled once per set, all of them go into one shared library, and the best that the processor has is chosen when it
-is loaded. The library lies in $XDG_CACHE_HOME/qwenfit (or ~/.cache/qwenfit) under a name that is a hash of the sources,
-the compiler's version and the flags; two processes that build at once each write their own file and rename it into
-place.
+`csrc/` holds one program text for every instruction set (its essay: csrc/lanes.h, csrc/matmul.h, csrc/pool.c). What
+runs them and knows the processor is one small library; `isa.c`, compiled with the flags of the best set that the
+processor has, is another, and other sets are compiled when they are asked for. They lie in $XDG_CACHE_HOME/qwenfit (or
+~/.cache/qwenfit) under names with a hash of the sources, the compiler's version and the flags; two processes that
+build at once each write their own file and rename it into place.
 
 Without a compiler (or on a processor with none of the sets) `cpu_library()` answers path "torch" and why.
 
     QWENFIT_CPU_PATH=torch      use torch's packed matmuls even so
-    QWENFIT_CPU_ISA=avx2        a set below the best (avx512vnni, avx512, avx2; neon), for tests and comparisons
+    QWENFIT_CPU_ISA=avx2        a set below the best (zen4, avx512vnni, avx512, avx2; neon), for tests and comparisons
     CC                          the compiler, where it is none of cc, gcc, clang
 """
 
@@ -33,11 +33,27 @@ COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: only the fusions in the text, so that every instruction set rounds alike.
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512")
+# Best first. zen4 has the instructions of avx512vnni and asks memory as AMD's cores want it (csrc/lanes_avx512.h).
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx512vnni": (*_AVX512, "-mavx512vnni"), "avx512": _AVX512, "avx2": ("-mavx2", "-mfma", "-mf16c")},
+    "x86_64": {
+        "zen4": (*_AVX512, "-mavx512vnni", "-DAHEAD_INTO_L2"),
+        "avx512vnni": (*_AVX512, "-mavx512vnni"),
+        "avx512": _AVX512,
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    },
     "aarch64": {"neon": ()},
 }
-ISA_TITLES = {"avx512vnni": "AVX-512 VNNI", "avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
+ISA_TITLES = {
+    "zen4": "AVX-512 VNNI of AMD",
+    "avx512vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "neon": "NEON",
+}
+HOST_SOURCES = {
+    "x86_64": ("pool.c", "layout.c", "processor_x86.c"),
+    "aarch64": ("pool.c", "layout.c", "processor_arm.c"),
+}
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -46,21 +62,22 @@ class CpuLibrary:
     """How this machine computes quantized matmuls.
 
     path: "c" or "torch". isa: the instruction set, None for torch. reason: one clause that says which and why.
-    handle: the loaded library, None for torch.
+    host: the loaded library that runs kernels, None for torch. kernels: where those of `isa` lie.
     """
 
     path: str
     isa: str | None
     reason: str
-    handle: Any
+    host: Any = None
+    kernels: int | None = None
 
     def run(self, operations: Any, count: int, threads: int) -> None:
         """Run `count` operations, a ctypes array of pointers to the structures of `cpu_operations`."""
-        self.handle.qwenfit_run((self.isa or "").encode(), operations, count, threads)
+        self.host.qwenfit_run(self.kernels, operations, count, threads)
 
     def run_here(self, operation: Any) -> None:
         """Run one operation that needs no scratch on the calling thread, whatever other threads run meanwhile."""
-        self.handle.qwenfit_run_here((self.isa or "").encode(), ctypes.addressof(operation))
+        self.host.qwenfit_run_here(self.kernels, ctypes.addressof(operation))
 
 
 class _NoLibrary(Exception):
@@ -77,33 +94,34 @@ def _library(path: str, isa: str) -> CpuLibrary:
     if path not in ("", "c", "torch"):
         raise ValueError(f"QWENFIT_CPU_PATH={path}: it is c or torch, or unset for the best that there is")
     if path == "torch":
-        return CpuLibrary("torch", None, "torch packed matmul: QWENFIT_CPU_PATH=torch", None)
+        return CpuLibrary("torch", None, "torch packed matmul: QWENFIT_CPU_PATH=torch")
     try:
-        handle, remark = _load()
+        host, remark = _host()
+        known = ISA_FLAGS[_machine()]
+        available = [name for name in known if host.qwenfit_has(name.encode())]
+        if isa and isa not in available:
+            raise ValueError(
+                f"QWENFIT_CPU_ISA={isa}: this processor offers {', '.join(available) or 'none of ' + ', '.join(known)}"
+            )
+        if not available:
+            raise _NoLibrary(f"the processor has none of {', '.join(known)}")
+        chosen = isa or available[0]
+        kernels = _kernels(chosen)
     except _NoLibrary as why:
         if path == "c":
             raise ValueError(f"QWENFIT_CPU_PATH=c, but there are no C kernels: {why}") from None
-        return CpuLibrary("torch", None, f"torch packed matmul: {why}", None)
-    known = ISA_FLAGS[_machine()]
-    available = [name for name in known if handle.qwenfit_has(name.encode())]
-    if isa and isa not in available:
-        raise ValueError(
-            f"QWENFIT_CPU_ISA={isa}: this processor offers {', '.join(available) or 'none of ' + ', '.join(known)}"
-        )
-    if not available:
-        return CpuLibrary("torch", None, f"torch packed matmul: the processor has none of {', '.join(known)}", None)
-    chosen = isa or available[0]
+        return CpuLibrary("torch", None, f"torch packed matmul: {why}")
     forced = ", by QWENFIT_CPU_ISA" if isa else ""
-    return CpuLibrary("c", chosen, f"C kernels, {ISA_TITLES[chosen]}{forced}{remark}", handle)
+    return CpuLibrary("c", chosen, f"C kernels, {ISA_TITLES[chosen]}{forced}{remark}", host, kernels)
 
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that can be chosen on this machine, best first; () without the C kernels."""
     try:
-        handle, _ = _load()
+        host, _ = _host()
     except _NoLibrary:
         return ()
-    return tuple(name for name in ISA_FLAGS[_machine()] if handle.qwenfit_has(name.encode()))
+    return tuple(name for name in ISA_FLAGS[_machine()] if host.qwenfit_has(name.encode()))
 
 
 def _machine() -> str:
@@ -112,24 +130,36 @@ def _machine() -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _load() -> tuple[Any, str]:
+def _host() -> tuple[Any, str]:
+    """What runs kernels and knows the processor, and a remark on where it lies."""
     if os.name != "posix":
         raise _NoLibrary("the C kernels need POSIX threads")
     machine = _machine()
     if machine not in ISA_FLAGS:
         raise _NoLibrary(f"no C kernels for {machine}, only for {' and '.join(ISA_FLAGS)}")
+    library, remark = _loaded("host", [(source, ()) for source in HOST_SOURCES[machine]])
+    return declare(library), remark
+
+
+@functools.cache
+def _kernels(isa: str) -> int:
+    """Where the kernels of an instruction set lie."""
+    library, _ = _loaded(isa, [("isa.c", ISA_FLAGS[_machine()][isa])])
+    return ctypes.addressof(ctypes.c_char.in_dll(library, "qwenfit_kernels"))
+
+
+def _loaded(name: str, jobs: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[Any, str]:
+    """A library of sources, each with flags of its own: from the cache, or built into it."""
     compiler = find_compiler()
-    version = _output((*compiler, "--version"))
+    recipe = repr((_output((*compiler, "--version")), FLAGS, jobs)).encode()
     sources = sorted(SOURCES.glob("*.[ch]"))
-    recipe = repr((version, FLAGS, ISA_FLAGS[machine])).encode()
     digest = hashlib.sha256(b"\0".join([recipe, *(path.name.encode() + b"\0" + path.read_bytes() for path in sources)]))
-    name = f"cpu-kernels-{digest.hexdigest()[:20]}.so"
     folder, remark = cache_folder()
-    target = folder / name
+    target = folder / f"cpu-{name}-{digest.hexdigest()[:20]}.so"
     if not target.exists():
-        build(compiler, machine, target)
+        build(compiler, jobs, target)
     try:
-        return declare(ctypes.CDLL(str(target))), remark
+        return ctypes.CDLL(str(target)), remark
     except OSError as error:
         raise _NoLibrary(f"{target} does not load: {error}") from None
 
@@ -173,19 +203,17 @@ def _private_folder() -> Path:
     return folder
 
 
-def build(compiler: Sequence[str], machine: str, target: Path) -> None:
-    """Compile `csrc/` for every instruction set of `machine`, all at once, and rename the library to `target`."""
+def build(compiler: Sequence[str], jobs: Sequence[tuple[str, tuple[str, ...]]], target: Path) -> None:
+    """Compile sources of `csrc/`, each with flags of its own, all at once, and rename the library to `target`."""
     with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as scratch:
         folder = Path(scratch)
-        isas = "isas_x86.c" if machine == "x86_64" else "isas_arm.c"
-        jobs = [(f"{isa}.o", (*flags, f"-DISA={isa}"), "isa.c") for isa, flags in ISA_FLAGS[machine].items()]
-        jobs += [(f"{source}.o", (), source) for source in ("pool.c", "layout.c", isas)]
-        objects = [str(folder / name) for name, _, _ in jobs]
-        commands = [
-            (*compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(folder / name))
-            for name, flags, source in jobs
-        ]
-        _run_all(commands)
+        _run_all(
+            [
+                (*compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(folder / f"{source}.o"))
+                for source, flags in jobs
+            ]
+        )
+        objects = [str(folder / f"{source}.o") for source, _ in jobs]
         library = folder / target.name
         _run_all([(*compiler, "-shared", "-o", str(library), *objects, "-lpthread", "-lm")])
         os.chmod(library, 0o700)
@@ -219,9 +247,9 @@ def declare(handle: Any) -> Any:
     """Argument types of the library's functions, and a check that both sides mean the same structures."""
     from .operations import check_layout
 
-    handle.qwenfit_run.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    handle.qwenfit_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     handle.qwenfit_run.restype = None
-    handle.qwenfit_run_here.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    handle.qwenfit_run_here.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     handle.qwenfit_run_here.restype = None
     handle.qwenfit_has.argtypes = (ctypes.c_char_p,)
     handle.qwenfit_has.restype = ctypes.c_int64

@@ -128,7 +128,7 @@ class Combine(ctypes.Structure):
 
 
 class Read(ctypes.Structure):
-    _fields_ = _fields("kind *data bytes sum")
+    _fields_ = _fields("kind *data bytes streams ahead_bytes sum")
 
 
 class FindScales(ctypes.Structure):

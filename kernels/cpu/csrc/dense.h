@@ -8,6 +8,7 @@
 #include "gemv.h"
 
 #define DENSE_STREAMS 4
+#define DENSE_AHEAD_BYTES (AHEAD_CACHE == 2 ? 8192 : 1024) /* one stream; to be in L2 it must be asked for early */
 
 INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first,
                        int64_t row, v16f *sums)
@@ -18,7 +19,8 @@ INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *co
         for (int i = 0; i < 4; i++) y[s][i] = f_zero();
     int64_t column = 0;
     for (; column + 64 <= m->columns; column += 64) {
-        __builtin_prefetch(w + column * element_bytes(dtype) + 1024);
+        for (int64_t line = 0; line < 64 * element_bytes(dtype); line += 64)
+            ask_for(w + column * element_bytes(dtype) + line + DENSE_AHEAD_BYTES);
         for (int i = 0; i < 4; i++) {
             v16f weights = load_at(w, dtype, column + 16 * i);
             for (int s = 0; s < group; s++) {

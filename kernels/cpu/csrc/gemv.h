@@ -1,35 +1,16 @@
 /* Up to GEMV_TOKENS rows of activations times a matrix, row by row of it, as fast as its bytes come (matmul.h). */
 #pragma once
-#include "matmul.h"
+#include "block.h"
 
-#define GEMV_GROUP 4
-#define PANEL_BLOCKS 32
+#define GEMV_MOST_FACTORS 8
 #define GEMV_MOST_ROWS 64
 /* Rows of up to so many bytes are read 64 at a time in place of 16: runs of 4 rows would be shorter than a page, and
  * two streams in one page are more than the processor's prefetcher follows (docs/cpu.md). */
 #define SHORT_ROW_BYTES 1024
 
-/* int4 codes of a block with a scale per 32 columns stay where they are in their words, times CODE_STEPS: a shift less
- * each, and the scale makes up for it. The last one would reach the sign. */
-#define CODES_STAY(bits, parts) ((bits) == 4 && (parts) == 4)
-
-INLINE void unpack_block(int bits, int parts, const char *p, v16i *w)
-{
-    const v16i mask = i_set1(0x000F000F);
-    if (bits == 4) {
-        v16i four = i_keep(i_load(p)); /* GCC would read the line four times, and the load buffers would be full */
-        w[0] = i_and(four, mask), w[3] = w_srl(four, 12);
-        if (CODES_STAY(bits, parts)) w[1] = i_and(four, i_set1(0x00F000F0)), w[2] = i_and(four, i_set1(0x0F000F00));
-        else w[1] = i_and(w_srl(four, 4), mask), w[2] = i_and(w_srl(four, 8), mask);
-    } else {
-        for (int i = 0; i < 4; i++) w[i] = w_load_bytes((const int8_t *)p + 32 * i);
-    }
-}
-
 /* Where the codes lie that are wanted AHEAD_BYTES after those of `row`, in the order in which gemv_rows reads a run of
  * `run` rows: row after row of a panel, panel after panel, and then the first panel of the run that lies `rows` rows on
  * (past the last ones a prefetch asks for nothing that faults). */
-#define AHEAD_BYTES 1024
 INLINE const char *codes_ahead(const char *codes, int64_t row_bytes, int64_t panel_bytes, int64_t panel, int64_t row,
                                int64_t run, int64_t rows)
 {
@@ -110,7 +91,7 @@ static void copy_as_floats(const Gemv *t, const void *scales, int64_t at, int64_
     const int64_t dtype = t->m->scale_dtype, group_blocks = t->m->group_size / BLOCK;
     for (int64_t row = 0; row < rows; row++, at += t->groups) {
         const v16f only = t->groups == 1 ? f_set1(load_one(scales, dtype, at)) : f_zero();
-        __builtin_prefetch((const char *)scales + (at + rows * t->groups) * element_bytes(dtype));
+        ask_for((const char *)scales + (at + rows * t->groups) * element_bytes(dtype));
         for (int64_t i = 0; i < t->words; i += 16, out += 16)
             f_store(out, t->groups == 1     ? only
                          : group_blocks > 1 ? spread_scales(scales, dtype, at, t->end, i / 16, group_blocks)
@@ -132,9 +113,9 @@ static RowScales scales_as_floats(const Gemv *t, int64_t at, int64_t rows)
  *
  * This loop must leave memory no time to wait; a line takes 6 to 7 ns to come, and 3 to 4 to be multiplied:
  * Each run is a stream of neighbouring lines, which the processor's own prefetchers follow, and its lines are asked for
- * a row or 1 KiB before they are used (one stream must ask for 4 KiB, and is slower). With a row of activations of one
- * plane a line of it is read once for all runs. Two chains of products per line: one would be 20 cycles long, and the
- * lines that wait for it fill the scheduler. Two sums in turn where a block has several groups, for the same reason.
+ * a row or AHEAD_BYTES before they are used (one stream must ask for more, and is slower). Two chains of products per
+ * line: one would be 20 cycles long, and the lines that wait for it fill the scheduler. Two sums in turn where a block
+ * has several groups, for the same reason.
  * Scales become factors 16 at a time, between the lines that use them: a table made beforehand is time in which
  * nothing is read. */
 INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, int64_t rows, const Gemv *t,
@@ -143,10 +124,10 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, i
     const Rounded *x = t->x;
     const int64_t dtype = lie.dtype, scale_bytes = element_bytes(dtype), stride = lie.stride;
     const int64_t streams = x->rows * x->planes, blocks = x->blocks, block_bytes = bits == 4 ? 64 : 128;
-    const int64_t panel_blocks = PANEL_BLOCKS / group, run = rows / runs, first = t->first + from;
+    const int64_t panel_blocks = PANEL_BLOCKS(group), run = rows / runs, first = t->first + from;
     const int64_t row_bytes = blocks * block_bytes, panel_bytes = panel_blocks * block_bytes;
     const int64_t words_of_times = t->words, in_pairs = stride == 8; /* a register: two rows' scales */
-    float factors[4 * 16];
+    float factors[GEMV_MOST_FACTORS * 16];
     int32_t zero[4 * 16];
     const float *times = t->times + from * words_of_times, *steps = t->times + t->streams * words_of_times;
     for (int i = 0; i < rows * group; i++) sums[i] = f_zero();
@@ -167,47 +148,20 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, i
                     if (in_pairs && row % 2) break;
                     const int64_t i = (row + r * run) * stride + 16 * chunk;
                     const v16f scale = scale_at(lie.scales, dtype, i);
-                    __builtin_prefetch((const char *)lie.scales + (i + rows * stride) * scale_bytes);
+                    ask_for((const char *)lie.scales + (i + rows * stride) * scale_bytes);
                     for (int s = 0; s < group; s++)
                         f_store(factors + (r * group + s) * 16,
                                 f_mul(scale, f_load(times + s * words_of_times + 16 * chunk)));
                     if (zero_kind == ZEROS) {
                         const v16f point = scale_at(lie.zeros, dtype, i);
-                        __builtin_prefetch((const char *)lie.zeros + (i + rows * stride) * scale_bytes);
+                        ask_for((const char *)lie.zeros + (i + rows * stride) * scale_bytes);
                         i_store(zero + r * 16, i_from_f(f_mul(point, f_load(steps + 16 * chunk))));
                     }
                 }
                 for (int64_t i = block * parts % 16 + in_pairs * (row % 2 * 8); block < stop; block++, i += parts) {
-                    v16i held[4], held_lanes[4];
-                    if (runs == 4) {
-                        for (int j = 0; j < 4; j++) held[j] = i_keep(i_load(words + 32 * j));
-                        if (zero_kind != NO_ZERO)
-                            for (int part = 0; part < parts; part++)
-                                held_lanes[part] = i_keep(i_load(lanes + part * 16));
-                    }
-#pragma GCC unroll 4
-                    for (int r = 0; r < runs; r++) {
-                        v16i w[4];
-                        unpack_block(bits, parts, p + r * run * row_bytes, w);
-                        for (int64_t line = 0; line < block_bytes; line += 64)
-                            __builtin_prefetch(ahead + r * run * row_bytes + line);
-                        for (int s = 0; s < group; s++)
-                            for (int part = 0; part < parts; part++) {
-                                const v16i start = zero_kind == NO_ZERO ? i_zero()
-                                                   : runs == 4          ? held_lanes[part]
-                                                                        : i_load(lanes + (s * parts + part) * 16);
-                                v16i chains[2] = {
-                                    zero_kind == ZEROS ? i_mul(start, i_set1(zero[r * 16 + i + part])) : start,
-                                    i_zero()};
-                                for (int j = 4 / parts * part; j < 4 / parts * (part + 1); j++)
-                                    chains[parts < 4 && j % 2] =
-                                        w_dot(chains[parts < 4 && j % 2], w[j],
-                                              runs == 4 ? held[j] : i_load(words + s * BLOCK + 32 * j));
-                                v16i sum = parts < 4 ? i_add(chains[0], chains[1]) : chains[0];
-                                const v16f factor = f_set1(factors[(r * group + s) * 16 + i + part]);
-                                y[r][s][part % 2] = f_fma(f_from_i(sum), factor, y[r][s][part % 2]);
-                            }
-                    }
+                    const Block these = {p, ahead, run * row_bytes, words, lanes, factors + i, zero + i};
+                    if (group == 1) multiply_stream(bits, zero_kind, parts, runs, &these, y);
+                    else multiply_streams(bits, zero_kind, parts, group, runs, &these, y);
                     p += block_bytes, ahead += block_bytes;
                     words += streams * BLOCK, lanes += streams * parts * 16;
                 }
@@ -227,7 +181,7 @@ INLINE void gemv_rows(int bits, int zero_kind, int parts, int group, int runs, i
 #define GEMV_CASES(bits, zero_kind, parts) \
     GEMV_CASE(bits, zero_kind, parts, 1, GEMV_RUNS); \
     GEMV_CASE(bits, zero_kind, parts, 2, 2); \
-    GEMV_CASE(bits, zero_kind, parts, 4, 1)
+    GEMV_CASE(bits, zero_kind, parts, 4, GEMV_RUNS_OF_FOUR)
 
 /* Products of streams from .. from + group - 1 with `rows` rows: y[stream], or with 64 rows of a single stream
  * y[row / 16]. */
@@ -279,7 +233,7 @@ static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t
     const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), streams = tokens * x->planes;
     const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + first * row_bytes;
     for (int64_t row = 0; row < 16; row += 4) /* on their way while scales are fetched */
-        for (int64_t at = 0; at < AHEAD_BYTES; at += 64) __builtin_prefetch(codes + row * row_bytes + at);
+        for (int64_t at = 0; at < AHEAD_BYTES; at += 64) ask_for(codes + row * row_bytes + at);
     const int64_t groups = matrix_groups(m), at = expert * m->expert_scales + first * groups;
     const int64_t end = at + (m->padded_rows - first) * groups;
     const int64_t words = times_words(x);

@@ -1,4 +1,4 @@
-/* All kernels for one instruction set: compiled once per set, with its flags and -DISA=name. */
+/* All kernels for one instruction set: compiled with its flags into a library of its own. */
 #include "kernel.h"
 #include "attention.h"
 #include "conv.h"
@@ -8,14 +8,11 @@
 #include "read.h"
 #include "rounding.h"
 
-#define NAME_OF(isa) qwenfit_kernels_##isa
-#define TABLE(isa) NAME_OF(isa)
-
 static int64_t no_scratch(const void *op) { return (void)op, 0; }
 #define TASKS(f) (int64_t (*)(const void *)) f
 #define TASK(f) (void (*)(void *, int64_t, float *)) f
 
-const Kernel TABLE(ISA)[KINDS] = {
+const Kernel qwenfit_kernels[KINDS] = {
     [ROUND] = {TASKS(round_tasks), TASK(round_task), no_scratch},
     [MATMUL] = {TASKS(matmul_tasks), TASK(matmul_task), TASKS(matmul_scratch_bytes)},
     [NORM] = {TASKS(norm_tasks), TASK(norm_task), TASKS(norm_scratch_bytes)},

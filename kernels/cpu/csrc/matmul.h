@@ -1,7 +1,7 @@
 /* y = x W^T for int4 ("P16") and int8 weights: integer dot products, one float per group and output.
  *
  * A task is a tile of 32 rows of W, or several. Up to GEMV_TOKENS rows of activations go row by row of W, as codes lie
- * in memory (gemv.h):
+ * in memory (gemv.h, block.h):
  *     lanes are columns; per block of 128 (one register of int4 codes) four shifts and masks, four int16 dot
  *     products per activation row, one conversion and one fused multiply-add by scale(weight) * scale(activation);
  *     a sum over lanes per row. About 6 + 6 instructions per 64 bytes, where memory takes as long as 25 would:

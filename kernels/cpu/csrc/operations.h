@@ -179,11 +179,12 @@ typedef struct {
     int64_t rows, tokens, columns;
 } Combine;
 
-/* READ: sums `bytes` bytes by 8, the read bandwidth that the tables compare with. */
+/* READ: sums the lines of `bytes` bytes, the read bandwidth that the tables compare with. `streams`: 1, or 4 side by
+ * side; `ahead_bytes`: how far ahead a line is asked for, 0 for not at all. */
 typedef struct {
     int64_t kind;
     const void *data;
-    int64_t bytes;
+    int64_t bytes, streams, ahead_bytes;
     uint64_t sum;
 } Read;
 

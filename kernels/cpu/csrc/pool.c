@@ -28,9 +28,6 @@
 #define SPINS_BEFORE_YIELD 4000
 #define CLOSED 0xFFFFFFFFu
 
-extern const Kernel *const qwenfit_isas[];
-extern const char *const qwenfit_isa_names[];
-
 static const Kernel *kernels;
 static pthread_mutex_t running_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -183,18 +180,11 @@ static void start_workers(int wanted)
     }
 }
 
-static const Kernel *kernels_for(const char *name)
-{
-    for (int i = 0; qwenfit_isa_names[i]; i++)
-        if (!strcmp(name, qwenfit_isa_names[i])) return qwenfit_isas[i];
-    abort(); /* the host asks for sets that it has looked up */
-}
-
-/* Runs `count` operations in order by the kernels of `isa`, on at most `threads` threads, the caller among them. */
-void qwenfit_run(const char *isa, const void *const *operations, int64_t count, int64_t threads)
+/* Runs `count` operations in order by the kernels of `table`, on at most `threads` threads, the caller among them. */
+void qwenfit_run(const Kernel *table, const void *const *operations, int64_t count, int64_t threads)
 {
     pthread_mutex_lock(&running_lock);
-    kernels = kernels_for(isa);
+    kernels = table;
     int wanted = (int)(threads > MOST_WORKERS ? MOST_WORKERS : threads) - 1;
     if (workers < wanted) start_workers(wanted);
     program = operations, program_count = count, position = -1;
@@ -215,8 +205,8 @@ void qwenfit_run(const char *isa, const void *const *operations, int64_t count, 
 
 /* One operation that needs no scratch, by the calling thread alone: callers that bring threads of their own do not
  * wait for each other. */
-void qwenfit_run_here(const char *isa, void *op)
+void qwenfit_run_here(const Kernel *table, void *op)
 {
-    const Kernel *kernel = kernels_for(isa) + *(const int64_t *)op;
+    const Kernel *kernel = table + *(const int64_t *)op;
     for (int64_t task = 0, count = kernel->tasks(op); task < count; task++) kernel->task(op, task, NULL);
 }

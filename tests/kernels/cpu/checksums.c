@@ -1,6 +1,6 @@
 /* Runs every kernel of csrc/ on fixed numbers and prints a hash of the bits of each result.
  *
- * Compiled once per instruction set (-DISA=name, -I the folder of isa.c), natively or for a machine that an emulator
+ * Compiled once per instruction set (-I the folder of isa.c), natively or for a machine that an emulator
  * plays: all of them must print the same lines. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,7 +43,7 @@ static void report(const char *name, const void *data, size_t n)
 }
 static void run(void *op)
 {
-    const Kernel *kernel = TABLE(ISA) + *(int64_t *)op;
+    const Kernel *kernel = qwenfit_kernels + *(int64_t *)op;
     float *scratch = room((size_t)kernel->scratch_bytes(op) + 64);
     for (int64_t i = 0; i < kernel->tasks(op); i++) kernel->task(op, i, scratch);
     free(scratch);
