@@ -18,6 +18,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -138,7 +139,27 @@ def _host() -> tuple[Any, str]:
     if machine not in ISA_FLAGS:
         raise _NoLibrary(f"no C kernels for {machine}, only for {' and '.join(ISA_FLAGS)}")
     library, remark = _loaded("host", [(source, ()) for source in HOST_SOURCES[machine]])
-    return declare(library), remark
+    host = declare(library)
+    host.qwenfit_borrow(openmp_of_torch())
+    return host, remark
+
+
+def openmp_of_torch() -> int | None:
+    """Where `GOMP_parallel` of the OpenMP runtime lies that torch runs its loops on; None where it cannot be told."""
+    import torch
+
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None  # not Linux
+    runtimes = {
+        line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$", line)
+    }
+    of_torch = {path for path in runtimes if Path(torch.__file__).parent in Path(path).parents} or runtimes
+    if len(of_torch) != 1:
+        return None
+    entry = getattr(ctypes.CDLL(of_torch.pop()), "GOMP_parallel", None)
+    return ctypes.cast(entry, ctypes.c_void_p).value if entry else None
 
 
 @functools.cache
@@ -251,6 +272,8 @@ def declare(handle: Any) -> Any:
     handle.qwenfit_run.restype = None
     handle.qwenfit_run_here.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     handle.qwenfit_run_here.restype = None
+    handle.qwenfit_borrow.argtypes = (ctypes.c_void_p,)
+    handle.qwenfit_borrow.restype = None
     handle.qwenfit_has.argtypes = (ctypes.c_char_p,)
     handle.qwenfit_has.restype = ctypes.c_int64
     check_layout(handle)

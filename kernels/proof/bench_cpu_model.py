@@ -51,6 +51,8 @@ def model_with_head(name: str, head: str) -> Model:
         return model
     vocabulary, hidden = model.configuration.vocab_size, model.configuration.hidden_size
     packed = random_weight(vocabulary, hidden, int(head.removeprefix("int")), 128)
+    if model.operations.arrange:
+        packed = model.operations.arrange(packed)  # as a model that is loaded would have it
     tied = model.lm_head is model.embedding
     return replace(model, lm_head=packed, embedding=packed if tied else model.embedding)
 

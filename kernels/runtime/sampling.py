@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST_CANDIDATES = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -36,14 +38,29 @@ def choose(logits: Tensor, sampling: Sampling, places: Sequence[tuple[int, int]]
     """Float32 logits [N, vocab] -> tokens int64 [N]; places[n] is the (sequence, position) that token n will have."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    vocabulary = logits.shape[-1]
-    count = min(sampling.top_k or vocabulary, vocabulary)
-    likely, tokens = logits.topk(count, dim=-1)
-    shares = (likely.double() / sampling.temperature).softmax(-1)
+    shares, tokens = _candidates(logits, sampling)
     before = shares.cumsum(-1) - shares
     shares = shares.where(before < sampling.top_p, 0)  # as many as it takes to reach top_p, so at least one
     reached = shares.cumsum(-1)
     drawn = [random.Random(f"{sampling.seed} {sequence} {position}").random() for sequence, position in places]
     goal = torch.tensor(drawn, dtype=torch.float64, device=logits.device)[:, None] * reached[:, -1:]
-    index = torch.searchsorted(reached, goal, right=True).clamp(max=count - 1)
-    return tokens.gather(-1, index)[:, 0]
+    index = torch.searchsorted(reached, goal, right=True).clamp(max=shares.shape[-1] - 1)
+    return index[:, 0] if tokens is None else tokens.gather(-1, index)[:, 0]
+
+
+def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Shares float64 [N, C] of the tokens that may be drawn, and which they are [N, C], the most likely first; None for
+    all of them as they are. Sorting 248,320 takes 20 ms, so no more are than reach top_p."""
+    vocabulary = logits.shape[-1]
+    if sampling.top_k:
+        likely, tokens = logits.topk(min(sampling.top_k, vocabulary), dim=-1)
+        return (likely.double() / sampling.temperature).softmax(-1), tokens
+    shares = (logits.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return shares, None
+    count = min(FIRST_CANDIDATES, vocabulary)
+    largest, tokens = shares.topk(count, dim=-1)
+    while count < vocabulary and bool((largest.sum(-1) < sampling.top_p).any()):
+        count = min(8 * count, vocabulary)
+        largest, tokens = shares.topk(count, dim=-1)
+    return largest, tokens

@@ -5,11 +5,13 @@ In a process of its own: a pool that loses a task waits for it for ever.
 
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
-from qwenfit.kernels.cpu.library import available_isas, cpu_library
+from qwenfit.kernels.cpu.library import available_isas, cpu_library, openmp_of_torch
 from qwenfit.kernels.cpu.matmul import add_matmul, dense_matrix
 from qwenfit.kernels.cpu.operations import Program, rows_of
 
@@ -35,12 +37,18 @@ def chain(values: torch.Tensor) -> tuple[Program, torch.Tensor, list[torch.Tenso
     return program, x, outputs
 
 
-def test_every_task_is_done_once_and_after_those_before_it() -> None:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=240, check=False)
+@pytest.mark.parametrize("threads_of", ["torch", "the pool"])
+def test_every_task_is_done_once_and_after_those_before_it(threads_of: str) -> None:
+    if threads_of == "torch" and openmp_of_torch() is None:
+        pytest.skip("torch's OpenMP runtime cannot be borrowed here")
+    command = [sys.executable, __file__, threads_of]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run_chain() -> None:
+def run_chain(threads_of: str) -> None:
+    if threads_of == "the pool":
+        cpu_library().host.qwenfit_borrow(None)
     program, last, outputs = chain(torch.randn(1, 64, generator=torch.Generator().manual_seed(1)))
     program.run(threads=1)
     alone = last.clone()
@@ -50,6 +58,31 @@ def run_chain() -> None:
             y.fill_(float("nan"))
         program.run(threads=2 + run % 5)
         assert torch.equal(last, alone), f"run {run} on {2 + run % 5} threads"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_no_threads_are_added_to_those_of_torch() -> None:
+    """Two sets of threads that spin would want the same cores: a loop of torch's, then a program on as many threads."""
+    code = """
+        import os, sys, torch
+        torch.set_num_threads(3)
+        torch.randn(1 << 20).exp().sum()
+        from test_pool import chain, cpu_library
+        library = cpu_library()
+        if sys.argv[1] == "the pool": library.host.qwenfit_borrow(None)
+        program, _, _ = chain(torch.randn(1, 64))
+        before = len(os.listdir("/proc/self/task"))
+        program.run(threads=3)
+        print(len(os.listdir("/proc/self/task")) - before)
+    """
+    added = {}
+    for threads_of in ("torch", "the pool"):
+        command = [sys.executable, "-c", textwrap.dedent(code), threads_of]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, check=True, cwd=Path(__file__).parent
+        )
+        added[threads_of] = int(done.stdout)
+    assert added == {"torch": 0, "the pool": 2} if openmp_of_torch() else {"torch": 2, "the pool": 2}
 
 
 def test_programs_of_several_callers_wait_for_each_other() -> None:
@@ -67,4 +100,4 @@ def test_programs_of_several_callers_wait_for_each_other() -> None:
 
 
 if __name__ == "__main__":
-    run_chain()
+    run_chain(sys.argv[1])

@@ -1,11 +1,12 @@
 """Which token is drawn: by hand where it can be said, by frequency where it cannot."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from qwenfit.kernels.runtime.sampling import Sampling, choose
+from qwenfit.kernels.runtime.sampling import FIRST_CANDIDATES, Sampling, choose
 
 LOGITS = torch.tensor([[math.log(share) for share in (0.05, 0.5, 0.15, 0.3)]])
 
@@ -51,6 +52,21 @@ def test_a_draw_depends_on_seed_sequence_and_position_only() -> None:
     by_sequence = choose(same_logits, sampling, [(sequence, 0) for sequence in range(200)])
     by_seed = [int(choose(logits[:1], Sampling(1.0, seed=seed), [(0, 0)])) for seed in range(200)]
     assert len(set(by_position.tolist())) > 30 and len(set(by_sequence.tolist())) > 30 and len(set(by_seed)) > 30
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_no_more_are_sorted_than_reach_top_p_and_the_draw_is_that_of_all_sorted(spread: float) -> None:
+    """Of 5,000 tokens: nearly alike, 0.9 is reached behind the first candidates; apart, within them."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * spread
+    sampling, places = Sampling(0.8, top_p=0.9, seed=3), [(row, 5) for row in range(3)]
+    shares, order = (logits.double() / 0.8).softmax(-1).sort(descending=True)
+    needed = ((shares.cumsum(-1) - shares) < 0.9).sum(-1)
+    assert (needed > FIRST_CANDIDATES).all() == (spread < 1)
+    for row, place in enumerate(places):
+        kept = shares[row, : needed[row]]
+        goal = random.Random("3 {} {}".format(*place)).random() * kept.sum()
+        expected = order[row, int((kept.cumsum(-1) <= goal).sum())]
+        assert choose(logits, sampling, places)[row] == expected
 
 
 @pytest.mark.parametrize(
