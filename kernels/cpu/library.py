@@ -73,7 +73,7 @@ class CpuLibrary:
     kernels: int | None = None
 
     def run(self, operations: Any, count: int, threads: int) -> None:
-        """Run `count` operations, a ctypes array of pointers to the structures of `cpu_operations`."""
+        """Run `count` operations, a ctypes array of pointers to the structures of `operations.py`."""
         self.host.qwenfit_run(self.kernels, operations, count, threads)
 
     def run_here(self, operation: Any) -> None:

@@ -1,4 +1,4 @@
-"""Writes a `cpu_operations.Program`: norms, roundings and matmuls of a few rows, with the buffers between them.
+"""Writes a `Program` (operations.py): norms, roundings and matmuls of a few rows, with the buffers between them.
 
 Rows are float32; what a quantized matrix reads is, beside them, their int16 planes, once for every kind of matrix
 (parts of a block that share a scale, factor of its zero points). Buffers have names, and layers share them: each is

@@ -1,4 +1,4 @@
-/* What the kernels are told: one structure per operation, mirrored field by field in kernels/cpu_operations.py.
+/* What the kernels are told: one structure per operation, mirrored field by field in kernels/cpu/operations.py.
  *
  * Every field has 8 bytes, so that no compiler pads. A program is an array of pointers to operations; each starts with
  * its kind. Pointers stay valid while a program runs; nothing here is owned by the kernels. Strides count elements. */
@@ -189,8 +189,8 @@ typedef struct {
 } Read;
 
 /* FIND_SCALES: for every group of a row of `weight` the scale (exact in scale_dtype) and zero with the least sum of
- * importance * error^2, among step * ratios[k] with the zeros next to the range's, then refined by least squares. signed_scales: a symmetric group whose
- * largest magnitude is positive gets a negative scale. */
+ * importance * error^2, among step * ratios[k] with the zeros next to the range's, then refined by least squares.
+ * signed_scales: a symmetric group whose largest magnitude is positive gets a negative scale. */
 typedef struct {
     int64_t kind;
     const float *weight;     /* [rows][columns] */
@@ -202,8 +202,8 @@ typedef struct {
     uint8_t *zeros; /* likewise */
 } FindScales;
 
-/* SOLVE_COLUMNS: `columns` columns of GPTQ (64 at most), the last first. Everything is [..][rows]: a column lies side by side.
- * targets[j] is rounded to the grid of group groups[j]; codes[j]; weights[j] becomes weights[j] - its rounding, which
+/* SOLVE_COLUMNS: `columns` columns of GPTQ (64 at most), the last first. Everything is [..][rows]: a column lies side
+ * by side. targets[j] is rounded to the grid of group groups[j]; codes[j]; weights[j] becomes weights[j] - its rounding, which
  * times factor[j][k] goes into the targets k < j. */
 #define SOLVE_COLUMNS_MOST 64
 typedef struct {
