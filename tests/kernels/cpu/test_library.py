@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwenfit.kernels.cpu import library as module
-from qwenfit.kernels.cpu.library import available_isas, cache_folder, cpu_library, find_compiler
+from qwenfit.kernels.cpu.library import available_isas, cache_folder, cpu_library, find_compiler, openmp_of_torch
 
 needs_compiler = pytest.mark.skipif(not available_isas(), reason="no C compiler, or a processor without the kernels")
 
@@ -155,6 +155,27 @@ def test_only_the_set_that_runs_is_compiled_with_its_flags(fresh: pytest.MonkeyP
     assert set(flags) <= set(lines[0].split())
     names = sorted(path.name[:8] for path in (tmp_path / "cache" / "qwenfit").iterdir())
     assert names == sorted(["cpu-host", f"cpu-{chosen}"[:8]])
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        "7f00-7f10 r-xp 00000000 fe:00 12 /opt/lib/libgomp.so.1\n7f20-7f30 r-xp 00000000 fe:00 13 /opt/lib/libiomp5.so",
+        "7f00-7f10 r-xp 00000000 fe:00 12 /opt/lib/libompression.so\n7f20-7f30 rw-p 00000000 00:00 0",
+        OSError("no /proc"),
+    ],
+    ids=["two, and torch's cannot be told", "none", "not Linux"],
+)
+def test_threads_are_borrowed_only_where_it_is_clear_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, maps: str | OSError
+) -> None:
+    def read_text(path: Path, **_: object) -> str:
+        if isinstance(maps, OSError):
+            raise maps
+        return maps
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert openmp_of_torch() is None
 
 
 @needs_compiler
