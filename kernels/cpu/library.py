@@ -34,13 +34,14 @@ COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: only the fusions in the text, so that every instruction set rounds alike.
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512")
-# Best first. zen4 has the instructions of avx512vnni and asks memory as AMD's cores want it (csrc/lanes_avx512.h).
+# Best first. zen4 has the instructions of avx512vnni and asks memory as AMD's cores want it (csrc/ahead.h); so does
+# avx2, for the AMD cores before it.
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "zen4": (*_AVX512, "-mavx512vnni", "-DAHEAD_INTO_L2"),
         "avx512vnni": (*_AVX512, "-mavx512vnni"),
         "avx512": _AVX512,
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx2": ("-mavx2", "-mfma", "-mf16c", "-DAHEAD_INTO_L2"),
     },
     "aarch64": {"neon": ()},
 }
@@ -98,8 +99,7 @@ def _library(path: str, isa: str) -> CpuLibrary:
         return CpuLibrary("torch", None, "torch packed matmul: QWENFIT_CPU_PATH=torch")
     try:
         host, remark = _host()
-        known = ISA_FLAGS[_machine()]
-        available = [name for name in known if host.qwenfit_has(name.encode())]
+        known, available = ISA_FLAGS[_machine()], _offered(host)
         if isa and isa not in available:
             raise ValueError(
                 f"QWENFIT_CPU_ISA={isa}: this processor offers {', '.join(available) or 'none of ' + ', '.join(known)}"
@@ -122,6 +122,10 @@ def available_isas() -> tuple[str, ...]:
         host, _ = _host()
     except _NoLibrary:
         return ()
+    return _offered(host)
+
+
+def _offered(host: Any) -> tuple[str, ...]:
     return tuple(name for name in ISA_FLAGS[_machine()] if host.qwenfit_has(name.encode()))
 
 

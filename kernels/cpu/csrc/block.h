@@ -1,11 +1,9 @@
 /* A block of 128 columns of a few rows of W times up to GEMV_GROUP rows of activations: the inside of gemv_rows. */
 #pragma once
+#include "ahead.h"
 #include "matmul.h"
 
 #define GEMV_GROUP 4
-
-/* Codes (and scales) that are wanted later, into the cache that the lanes' file says. */
-#define ask_for(p) __builtin_prefetch(p, 0, AHEAD_CACHE)
 
 /* int4 codes of a block with a scale per 32 columns stay where they are in their words, times CODE_STEPS: a shift less
  * each, and the scale makes up for it. The last one would reach the sign. */

@@ -14,10 +14,6 @@ typedef struct {
 #define GEMM_VECTORS 1
 #define GEMV_RUNS 2
 #define GEMV_RUNS_OF_FOUR 1
-/* As in lanes_avx512.h: the second level's prefetchers are what AMD's cores have enough of. */
-#define AHEAD_CACHE 2
-#define AHEAD_BYTES 2048
-#define PANEL_BLOCKS(group) ((group) == 1 ? 96 : (group) == 2 ? 32 : 8)
 
 #define F2(f, x, y) \
     (v16f) { f((x).a, (y).a), f((x).b, (y).b) }

@@ -11,21 +11,6 @@ typedef __m512i v16i;
 #define GEMV_RUNS 4
 #define GEMV_RUNS_OF_FOUR 2
 
-/* What is needed later (gemv.h; docs/cpu.md has the figures): into which cache (3 is the first level, 2 the second),
- * how many bytes of a run ahead, and how many blocks of the activations stay near while the rows pass.
- *
- * AMD's cores keep 16 or so lines on their way to the first level, each for as long as memory takes: less than half of
- * what the second level's prefetchers bring. Intel's Cascade Lake gained nothing by the second level. */
-#ifdef AHEAD_INTO_L2
-#define AHEAD_CACHE 2
-#define AHEAD_BYTES 2048
-#define PANEL_BLOCKS(group) ((group) == 1 ? 96 : (group) == 2 ? 32 : 8)
-#else
-#define AHEAD_CACHE 3
-#define AHEAD_BYTES 1024
-#define PANEL_BLOCKS(group) (32 / (group))
-#endif
-
 INLINE v16f f_zero(void) { return _mm512_setzero_ps(); }
 INLINE v16f f_set1(float a) { return _mm512_set1_ps(a); }
 INLINE v16f f_load(const float *p) { return _mm512_loadu_ps(p); }

@@ -14,10 +14,6 @@ typedef struct {
 #define GEMM_VECTORS 1
 #define GEMV_RUNS 2
 #define GEMV_RUNS_OF_FOUR 1
-/* As in lanes_avx512.h, measured on nothing yet. */
-#define AHEAD_CACHE 3
-#define AHEAD_BYTES 1024
-#define PANEL_BLOCKS(group) (32 / (group))
 
 #define EACH(type, expression) \
     type r; \
