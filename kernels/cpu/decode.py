@@ -139,7 +139,7 @@ class DecodeProgram:
         )
         writer.program.add(convolution, None if taps is layer.conv1d else taps)
         reader, out = layer.out_proj, writer.buffer("delta_out", values)
-        rounded = writer.rounds(values, (reader,))
+        rounded = writer.rounds("delta_out", values, (reader,))
         is_block = head_dim == 128 and len(rounded) > 0  # a head is a block of activations: rounded where it is made
         a_log, dt_bias = (x.float().contiguous() for x in (layer.A_log, layer.dt_bias))
         rule = operation(
@@ -213,7 +213,9 @@ class DecodeProgram:
                 **shape,
             )
             writer.program.add(attention)
-        return self._out(layer.out_proj, Source(out, writer.rounds(width, (layer.out_proj,))), is_rounded=False)
+        return self._out(
+            layer.out_proj, Source(out, writer.rounds("attention_out", width, (layer.out_proj,))), is_rounded=False
+        )
 
     def _out(self, weight: Weight, source: Source, is_rounded: bool) -> Tensor:
         """An output projection of rows that lie in floats, and rounded already or not."""
@@ -251,7 +253,10 @@ class DecodeProgram:
             **routes,
         )
         writer.program.add(route, gather, chosen, offsets, active, weights)
-        floats, rounded = writer.buffer("routed_in", hidden, rows), writer.rounds(hidden, layer.gate_up, rows)
+        floats, rounded = (
+            writer.buffer("routed_in", hidden, rows),
+            writer.rounds("routed_in", hidden, layer.gate_up, rows),
+        )
         for out in rounded.values() or [None]:
             writer.round(rows_of(source.floats), hidden, out, y=floats, gather=gather, rows=rows)
         routing = {"offsets": offsets, "experts": chosen, "active": active}

@@ -1,6 +1,6 @@
 """The C kernels of the CPU path: compiled once by this machine's compiler, kept in the user's cache, loaded by ctypes.
 
-`csrc/` holds one program text for every instruction set (its essay: csrc/lanes.h, csrc/matmul.h, csrc/pool.c). What
+`csrc/` holds one program text for every instruction set (its essay: csrc/lanes.h, csrc/matmul.h, csrc/progress.h). What
 runs them and knows the processor is one small library; `isa.c`, compiled with the flags of the best set that the
 processor has, is another, and other sets are compiled when they are asked for. They lie in $XDG_CACHE_HOME/qwenfit (or
 ~/.cache/qwenfit) under names with a hash of the sources, the compiler's version and the flags; two processes that

@@ -1,9 +1,9 @@
 """Writes a `Program` (operations.py): norms, roundings and matmuls of a few rows, with the buffers between them.
 
 Rows are float32; what a quantized matrix reads is, beside them, their int16 planes, once for every kind of matrix
-(parts of a block that share a scale, factor of its zero points). Buffers have names, and layers share them: each is
-written before it is read. What belongs to the model or to its caches is pointed to and not kept alive, see
-`decode.py`.
+(parts of a block that share a scale, factor of its zero points). Both have names, and layers share them, so that they
+stay in the caches while the weights pass: each is written before it is read. What belongs to the model or to its
+caches is pointed to and not kept alive, see `decode.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ class Writer:
         self.program = Program(library)
         self.rows, self.planes = rows, planes
         self._buffers: dict[tuple[str, int, int], Tensor] = {}
+        self._rounded: dict[tuple[str, int, int, Kind], Rounded] = {}
 
     def buffer(self, name: str, columns: int, rows: int = 0) -> Tensor:
         """Float rows [rows, columns] by name; rows 0: the program's."""
@@ -47,16 +48,18 @@ class Writer:
             self.program.held.append(self._buffers[key])
         return self._buffers[key]
 
-    def rounded(self, columns: int, kind: Kind, rows: int = 0) -> Rounded:
-        """Room for rounded rows."""
-        rounded, held = rounded_rows(rows or self.rows, columns, self.planes, *kind)
-        self.program.held += [rounded, *held]
-        return rounded
+    def rounded(self, name: str, columns: int, kind: Kind, rows: int = 0) -> Rounded:
+        """Rounded rows by name; rows 0: the program's."""
+        key = (name, rows or self.rows, columns, kind)
+        if key not in self._rounded:
+            self._rounded[key], held = rounded_rows(key[1], columns, self.planes, *kind)
+            self.program.held += [self._rounded[key], *held]
+        return self._rounded[key]
 
-    def rounds(self, columns: int, readers: Sequence[Weight], rows: int = 0) -> dict[Kind, Rounded]:
-        """Room for every kind of matrix that reads the columns in their own order."""
+    def rounds(self, name: str, columns: int, readers: Sequence[Weight], rows: int = 0) -> dict[Kind, Rounded]:
+        """Rounded rows by name, for every kind of matrix that reads the columns in their own order."""
         kinds = {kind_of(weight) for weight in readers if isinstance(weight, QuantizedWeight) and weight.order is None}
-        return {kind: self.rounded(columns, kind, rows) for kind in sorted(kinds)}
+        return {kind: self.rounded(name, columns, kind, rows) for kind in sorted(kinds)}
 
     def norm(
         self,
@@ -70,7 +73,7 @@ class Writer:
         """residual += x, then (1 + weight) * rmsnorm(residual): as floats in `y`, and rounded for its readers."""
         columns = residual.shape[1]
         floats = self.buffer("normed", columns) if y is None else y
-        rounded = self.rounds(columns, readers)
+        rounded = self.rounds("normed", columns, readers)
         first, *others = [*rounded.values(), None]
         norm = operation(
             "NORM",
@@ -119,7 +122,7 @@ class Writer:
         """silu(gate) * up of [rows, 2 I], as its readers want it."""
         rows, inner = both.shape[0], both.shape[1] // 2
         gate, up = rows_of(both[:, :inner]), rows_of(both[:, inner:])
-        floats, rounded = self.buffer(name, inner, rows), self.rounds(inner, readers, rows)
+        floats, rounded = self.buffer(name, inner, rows), self.rounds(name, inner, readers, rows)
         needs_floats = any(isinstance(weight, Tensor) or weight.order is not None for weight in readers)
         if needs_floats:
             self.round(up, inner, None, gate, floats, rows=rows)
@@ -144,7 +147,7 @@ class Writer:
             if weight.order is not None:
                 order, rounded = (
                     weight.order.to(torch.int32).contiguous(),
-                    self.rounded(weight.columns, kind_of(weight), rows),
+                    self.rounded("ordered", weight.columns, kind_of(weight), rows),
                 )
                 self.round(rows_of(source.floats), weight.columns, rounded, order=order, rows=rows)
                 add_matmul(self.program, [matrix_of(weight, y)], rows, rounded, **more)

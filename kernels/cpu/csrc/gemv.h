@@ -226,13 +226,21 @@ static void gemv_most_rows(const Gemv *t, const char *codes, int64_t at, v16f *y
     gemv_streams(t, codes, lie, 0, 1, GEMV_MOST_ROWS, y);
 }
 
+/* Rows of each run that `count` rows begin with. */
+INLINE int64_t gemv_run(int64_t streams, int64_t row_bytes, int64_t count)
+{
+    const int most = streams == 1 && row_bytes <= SHORT_ROW_BYTES && count >= GEMV_MOST_ROWS;
+    return (most ? GEMV_MOST_ROWS : 16) / GEMV_RUNS;
+}
+
 /* Rows first ... first + count - 1 of W, a multiple of 16 of them. */
 static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t token0, int64_t tokens, int64_t first,
                       int64_t count, float *scratch)
 {
     const int64_t row_bytes = x->blocks * (m->bits == 4 ? 64 : 128), streams = tokens * x->planes;
     const char *codes = (const char *)m->codes + expert * m->expert_code_bytes + first * row_bytes;
-    for (int64_t row = 0; row < 16; row += 4) /* on their way while scales are fetched */
+    const int64_t run = gemv_run(streams, row_bytes, count);
+    for (int64_t row = 0; row < GEMV_RUNS * run; row += run) /* on their way while scales are fetched */
         for (int64_t at = 0; at < AHEAD_BYTES; at += 64) ask_for(codes + row * row_bytes + at);
     const int64_t groups = matrix_groups(m), at = expert * m->expert_scales + first * groups;
     const int64_t end = at + (m->padded_rows - first) * groups;
@@ -240,7 +248,7 @@ static void gemv_task(const Matrix *m, int64_t expert, const Rounded *x, int64_t
     const Gemv task = {m, x, token0 * x->planes, streams, groups, end, words, scratch, scratch + (streams + 1) * words};
     find_times(&task);
     int64_t row0 = 0;
-    if (streams == 1 && row_bytes <= SHORT_ROW_BYTES)
+    if (run > 16 / GEMV_RUNS)
         for (; count - row0 >= GEMV_MOST_ROWS; row0 += GEMV_MOST_ROWS) {
             v16f y[GEMV_MOST_ROWS / 16];
             gemv_most_rows(&task, codes + row0 * row_bytes, at + row0 * groups, y);

@@ -1,10 +1,13 @@
-/* What the pool knows of an operation: how many tasks it has, one of them, and the bytes of scratch that a task
- * needs. */
+/* What the pool knows of an operation: how many tasks it has, one of them, the bytes of scratch that a task needs, and
+ * how to ask memory for what a task reads first, one of ASK_STEPS steps (null: it asks for nothing). */
 #pragma once
 #include <stdint.h>
+
+#define ASK_STEPS 32
 
 typedef struct {
     int64_t (*tasks)(const void *op);
     void (*task)(void *op, int64_t task, float *scratch);
     int64_t (*scratch_bytes)(const void *op);
+    void (*ask)(const void *op, int64_t task, int64_t step);
 } Kernel;

@@ -1,0 +1,190 @@
+/* Where a program stands: the operation that is on, who has which of its tasks, and what comes next.
+ *
+ * Every member of a team has a share of an operation's tasks, neighbours in memory, and takes them from the front: what
+ * it has asked of memory ahead of time (ahead.h) belongs to the task that it takes next. Who has done his own takes from
+ * the back of the others'. There is no barrier that every thread must reach: whoever finishes the last task publishes
+ * the next operation, and a thread that the system has put aside while it holds no task delays no operation, which a
+ * barrier would not survive on a shared machine. Every output is computed within one task, so results depend neither on
+ * the number of threads nor on who does what.
+ *
+ * Who finds no task left asks memory for the first lines of his share of the next matrix, so that memory does not stand
+ * still from one operation to the next.
+ *
+ * An operation is known by an even serial number, odd while it changes. What has been taken of a share is one word with
+ * that number in it: whoever comes with an old number finds a newer one there, or a share that has no task left. */
+#pragma once
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define pause_briefly() _mm_pause()
+#elif defined(__aarch64__)
+#define pause_briefly() __asm__ volatile("isb")
+#endif
+
+#define MOST_MEMBERS 256
+#define MOST_LOTS 0xFFFF /* of a share: what is taken of it is counted in 16 bits */
+#define SPINS_BEFORE_YIELD 4000
+#define LOOK_AHEAD 4 /* operations among which the next matrix is sought */
+
+static const Kernel *kernels;
+static const void *const *program;
+static int64_t program_count;
+static int members;
+
+static _Atomic(uint32_t) serial;
+static _Atomic(int64_t) position; /* in the program, of the operation that is on */
+static _Atomic(void *) current;
+static _Atomic(int64_t) tasks, lot; /* of that operation; so many tasks are taken at a time */
+static _Atomic(int64_t) done;       /* lots */
+static _Atomic(int) running, inside;
+
+typedef struct {
+    _Alignas(64) _Atomic(uint64_t) taken; /* serial number << 32 | lots from the front << 16 | from the back */
+} Share;
+static Share shares[MOST_MEMBERS];
+
+static _Thread_local float *scratch;
+static _Thread_local int64_t scratch_bytes;
+
+static const Kernel *kernel_of(const void *op) { return kernels + *(const int64_t *)op; }
+
+static void *scratch_for(const void *op)
+{
+    int64_t bytes = kernel_of(op)->scratch_bytes(op);
+    if (bytes > scratch_bytes) {
+        free(scratch);
+        scratch_bytes = (bytes + 4095) / 4096 * 4096;
+        scratch = aligned_alloc(4096, (size_t)scratch_bytes);
+        if (!scratch) abort(); /* a few hundred kilobytes: nothing else would work either */
+    }
+    return scratch;
+}
+
+/* Tasks that are taken at a time, so that no share has more than MOST_LOTS lots: 1 but for millions of tasks. */
+static int64_t lot_of(int64_t count) { return 1 + count / ((int64_t)MOST_LOTS * members); }
+static int64_t lots_of(int64_t count, int64_t in_lot) { return (count + in_lot - 1) / in_lot; }
+static int64_t first_of_share(int64_t lots, int64_t member) { return member * lots / members; }
+
+/* The next operation that has tasks, or the end. */
+static void publish(void)
+{
+    const uint32_t before = atomic_load_explicit(&serial, memory_order_relaxed);
+    int64_t at = atomic_load_explicit(&position, memory_order_relaxed), count = 0;
+    void *op = NULL;
+    atomic_store(&serial, before + 1);
+    while (count == 0 && ++at < program_count) {
+        op = (void *)program[at];
+        count = kernel_of(op)->tasks(op);
+    }
+    atomic_store_explicit(&position, at, memory_order_release);
+    atomic_store_explicit(&current, op, memory_order_release);
+    atomic_store_explicit(&tasks, count, memory_order_release);
+    atomic_store_explicit(&lot, lot_of(count), memory_order_release);
+    atomic_store_explicit(&done, 0, memory_order_release);
+    if (count == 0) atomic_store(&running, 0);
+    atomic_store(&serial, before + 2);
+}
+
+/* Whether the program has anything to do; if so its first operation is on. */
+static int begin(const Kernel *table, const void *const *operations, int64_t count, int team)
+{
+    kernels = table, program = operations, program_count = count, members = team;
+    atomic_store(&position, -1);
+    for (int i = 0; i < team; i++) atomic_store(&shares[i].taken, (uint64_t)atomic_load(&serial) << 32);
+    atomic_store(&running, 1);
+    publish();
+    return atomic_load(&running);
+}
+
+/* A lot of the share of `owner` in operation `now`, from its front or its back; -1: none left. */
+static int64_t take(uint32_t now, int64_t lots, int64_t owner, int is_own)
+{
+    const int64_t first = first_of_share(lots, owner), end = first_of_share(lots, owner + 1);
+    uint64_t seen = atomic_load(&shares[owner].taken);
+    for (;;) {
+        const int32_t age = (int32_t)(now - (uint32_t)(seen >> 32));
+        const uint64_t taken = age == 0 ? seen : (uint64_t)now << 32;
+        const int64_t front = taken >> 16 & MOST_LOTS, back = taken & MOST_LOTS;
+        if (age < 0 || first + front + back >= end) return -1;
+        if (atomic_compare_exchange_strong(&shares[owner].taken, &seen, taken + (is_own ? 1 << 16 : 1)))
+            return is_own ? first + front : end - 1 - back;
+    }
+}
+
+/* What a member has asked memory for, of the operation at `position` in the program. */
+typedef struct {
+    int64_t position, step;
+} Asked;
+
+/* Asks for a little of what the member will read of the next matrix. */
+static void ask_for_next(int64_t member, Asked *asked)
+{
+    const int64_t at = atomic_load_explicit(&position, memory_order_relaxed) + 1;
+    for (int64_t i = at; i < at + LOOK_AHEAD && i < program_count; i++) {
+        const void *op = program[i];
+        const Kernel *kernel = kernel_of(op);
+        if (i == asked->position && asked->step == ASK_STEPS) return;
+        const int64_t count = kernel->ask ? kernel->tasks(op) : 0, in_lot = lot_of(count);
+        if (count == 0) continue;
+        if (i != asked->position) asked->position = i, asked->step = 0;
+        kernel->ask(op, first_of_share(lots_of(count, in_lot), member) * in_lot, asked->step++);
+        return;
+    }
+}
+
+static void work(int64_t member)
+{
+    Asked asked = {-1, 0};
+    uint32_t spent = 1; /* the operation in which no task was left */
+    int spins = 0;
+    while (atomic_load(&running)) {
+        const uint32_t now = atomic_load(&serial);
+        if (now % 2 || now == spent) {
+            ask_for_next(member, &asked);
+            if (++spins < SPINS_BEFORE_YIELD) pause_briefly();
+            else sched_yield();
+            continue;
+        }
+        void *op = atomic_load_explicit(&current, memory_order_acquire);
+        const int64_t count = atomic_load_explicit(&tasks, memory_order_acquire);
+        const int64_t in_lot = atomic_load_explicit(&lot, memory_order_acquire), lots = lots_of(count, in_lot);
+        if (atomic_load(&serial) != now) continue;
+        int64_t mine = -1;
+        for (int64_t i = 0; mine < 0 && i < members; i++) mine = take(now, lots, (member + i) % members, i == 0);
+        if (mine < 0) {
+            spent = now;
+            continue;
+        }
+        spins = 0;
+        const int64_t end = (mine + 1) * in_lot < count ? (mine + 1) * in_lot : count;
+        for (int64_t task = mine * in_lot; task < end; task++) kernel_of(op)->task(op, task, scratch_for(op));
+        if (atomic_fetch_add(&done, 1) + 1 == lots) publish();
+    }
+}
+
+/* Works on the program until it is done. */
+static void take_part(int member)
+{
+    atomic_fetch_add(&inside, 1);
+    work(member % members);
+    atomic_fetch_sub(&inside, 1);
+}
+
+/* Once the program is done: no thread looks at its operations any more. */
+static void await_the_others(void)
+{
+    for (int spins = 0; atomic_load(&inside); spins++)
+        if (spins < SPINS_BEFORE_YIELD) pause_briefly();
+        else sched_yield();
+}
+
+/* In a forked child: nobody is at work. */
+static void forget_program(void)
+{
+    atomic_store(&running, 0);
+    atomic_store(&inside, 0);
+}
