@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "delta.h"
-#include "dense.h"
+#include "matmul_tasks.h"
 #include "mixture.h"
 #include "read.h"
 #include "rounding.h"

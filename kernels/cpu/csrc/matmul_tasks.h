@@ -1,0 +1,87 @@
+/* The tasks of a MATMUL: which rows of which matrix each of them is, and which kernel multiplies them: few tokens by a
+ * quantized matrix gemv.h, many gemm.h, matrices of floats dense.h. */
+#pragma once
+#include "dense.h"
+#include "gemm.h"
+#include "gemv.h"
+
+/* Tasks: task_tiles tiles of every matrix (of every slot, for stacks). */
+INLINE int64_t matrix_tasks(const Matmul *op, const Matrix *m)
+{
+    int64_t rows = TILE_ROWS * op->task_tiles;
+    return (m->rows + rows - 1) / rows;
+}
+INLINE int64_t slot_tasks(const Matmul *op)
+{
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < op->count; i++) tasks += matrix_tasks(op, op->matrices + i);
+    return tasks;
+}
+static int64_t matmul_tasks(const Matmul *op)
+{
+    return (op->offsets ? (op->active ? *op->active : op->slots) : 1) * slot_tasks(op);
+}
+static int64_t matmul_scratch_bytes(const Matmul *op)
+{
+    int64_t gemm = 2 * 64 * 16 * 4, gemv = 0;
+    if (op->x) {
+        int64_t streams = op->x->rows * op->x->planes;
+        gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
+        gemv = GEMV_SCRATCH_ROWS * times_words(op->x) * 4;
+        int64_t most = 0;
+        for (int64_t i = 0; i < op->count; i++)
+            if (op->matrices[i].bits && tile_scale_words(op->matrices + i) > most)
+                most = tile_scale_words(op->matrices + i);
+        gemm += most * 4;
+    }
+    return gemm > gemv ? gemm : gemv;
+}
+
+/* Rows first .. first + rows - 1 of a matrix, of slot `slot` of a stack. */
+typedef struct {
+    const Matrix *m;
+    int64_t slot, first, rows;
+} Place;
+INLINE Place place_of(const Matmul *op, int64_t task)
+{
+    const int64_t slot = task / slot_tasks(op), most = TILE_ROWS * op->task_tiles;
+    int64_t i = 0;
+    task %= slot_tasks(op);
+    while (task >= matrix_tasks(op, op->matrices + i)) task -= matrix_tasks(op, op->matrices + i++);
+    const Matrix *m = op->matrices + i;
+    const int64_t left = (m->bits ? m->padded_rows : m->rows) - task * most;
+    return (Place){m, slot, task * most, left < most ? left : most};
+}
+
+static void matmul_task(const Matmul *op, int64_t task, float *scratch)
+{
+    const Place place = place_of(op, task);
+    const Matrix *m = place.m;
+    int64_t token0 = op->offsets ? op->offsets[place.slot] : 0,
+            tokens = (op->offsets ? op->offsets[place.slot + 1] : op->rows) - token0;
+    int64_t expert = op->experts ? op->experts[place.slot] : place.slot;
+    if (tokens == 0) return;
+    if (m->bits && tokens <= GEMV_TOKENS) {
+        gemv_task(m, expert, op->x, token0, tokens, place.first, place.rows, scratch);
+        return;
+    }
+    for (int64_t row0 = place.first; row0 < place.first + place.rows; row0 += TILE_ROWS)
+        if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, row0);
+        else gemm_tile(m, expert, op->x, token0, tokens, row0, scratch);
+}
+
+/* Asks for a part of the first ASK_BYTES of every run that a task begins with. Which experts of a stack are read is
+ * not known beforehand; and where many tokens share a matrix, its first lines are nothing. */
+#define ASK_BYTES 8192
+static void matmul_ask(const Matmul *op, int64_t task, int64_t step)
+{
+    if (op->offsets || op->rows > GEMV_TOKENS) return;
+    const Place place = place_of(op, task);
+    const Matrix *m = place.m;
+    const int64_t bytes = ASK_BYTES / ASK_STEPS, columns = m->columns;
+    const int64_t row_bytes = m->bits ? columns * m->bits / 8 : columns * element_bytes(m->code_dtype);
+    const int64_t stride = m->bits ? gemv_run(op->rows * op->x->planes, row_bytes, place.rows) * row_bytes : ASK_BYTES;
+    const char *codes = (const char *)m->codes + place.first * row_bytes + step * bytes;
+    for (int64_t at = 0; at < bytes; at += 64)
+        for (int run = 0; run < GEMV_RUNS; run++) __builtin_prefetch(codes + run * stride + at, 0, 2);
+}
