@@ -12,6 +12,7 @@ from .engines.engine import Allocation, DeviceShare, Estimate, Setup
 from .floor import Floor
 from .memory import Amount, Memory
 from .quality import divergence
+from .quantizing import quantizing_line
 from .request import Prices, Request
 
 if TYPE_CHECKING:
@@ -134,9 +135,11 @@ class EnginePlan:
     def _weights_note(self) -> tuple[str, ...]:
         """Our own integer formats are made, not downloaded."""
         weights, model = self.setup.weights, self.setup.model
-        if not weights.name.startswith("int") or model.stored == weights.name or model.path:
+        if not weights.name.startswith("int") or model.stored == weights.name:
             return ()
-        return (f"{weights.name} is made from {model.repo}, not downloaded: the line expects the result in a folder",)
+        made = f"{weights.name} is made from {model.repo}, not downloaded"
+        line = None if self.engine == "ktransformers" else quantizing_line(model, weights)
+        return (f"{made}: `{line}` makes it" if line else f"{made}: the line expects the result in a folder",)
 
     def _host_note(self) -> tuple[str, ...]:
         assumed = self.assumed_host_bytes

@@ -58,7 +58,7 @@ class Recipe:
     symmetric: None is asymmetric where the format and its loaders take it. method: None is gptq for 4 bits and rtn for
     8, which needs no calibration. gguf_type: of GGML's block types the one for most matrices, which then says bits and
     groups; None for the one of `bits`. activation_bits: 8 for W8A8. lm_head, embeddings, shared_experts, mtp: bits, 16
-    keeps them; 6 and quantized embeddings are for GGUF files, which engines read so.
+    keeps them; 6 and quantized embeddings are for GGUF files, which engines read so; mtp.fc stays elsewhere.
     calibration: a file, None the text that ships with the package. full_precision_targets: gptq aims at the outputs of
     the full-precision stream (GPTAQ), for a second forward pass per layer; None is yes for dense models of at most
     TARGET_COLUMNS columns. Experts have no such targets, and what is left of the gain was not measured.
@@ -240,6 +240,10 @@ def _scheme(recipe: Recipe, module: Module, rule: Rule | None) -> Scheme | None:
 
 
 def _bits_by_part(recipe: Recipe, module: Module) -> int:
+    if module.name == "mtp.fc" and recipe.format != "gguf":
+        # SGLang's is a plain Linear (`models/qwen3_5_mtp.py`): it would skip the codes and draft from random weights.
+        # Qwen's FP8 and NVIDIA's NVFP4 releases keep it, too.
+        return KEEP
     if module.part in PARTS:
         return getattr(recipe, module.part)
     return recipe.bits

@@ -63,8 +63,16 @@ def test_symmetry_reaches_every_scheme_of_four_bits(symmetric: bool) -> None:
 def test_parts_have_bits_of_their_own() -> None:
     found = schemes_of(lm_head=8, mtp=4, shared_experts=8)
     assert found["lm_head"].bits == 8 and found["model.layers.0.mlp.shared_expert.up_proj"].bits == 8
-    assert found["mtp.fc"].bits == 4 and found["mtp.layers.0.mlp.up_proj"].bits == 4
-    assert len(found) == len(MODULES)
+    assert found["mtp.layers.0.mlp.up_proj"].bits == 4
+    assert len(found) == len(MODULES) - 1
+
+
+def test_what_joins_the_prediction_layer_to_the_model_stays() -> None:
+    """SGLang builds mtp.fc without quantization (`models/qwen3_5_mtp.py`); llama.cpp reads it in any type. Who names it
+    gets it."""
+    assert "mtp.fc" not in schemes_of(mtp=4)
+    assert schemes_of(mtp=4, format="gguf")["mtp.fc"].bits == 4
+    assert schemes_of(modules=(Rule(r"mtp\.fc", 8),))["mtp.fc"].bits == 8
 
 
 def test_activations_of_eight_bits_are_a_matter_of_eight_bit_weights() -> None:
