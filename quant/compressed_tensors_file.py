@@ -1,7 +1,8 @@
 """compressed-tensors: the tensors of a module and the `quantization_config` of a checkpoint (version 0.15 and later).
 
 Weights of 4 and 8 bits are pack-quantized; with `activation_bits` 8 they are int-quantized (W8A8). A checkpoint may mix
-them: every scheme is a group of its own, the commonest one matches class Linear and the others name their modules.
+them: every scheme is a group of its own, the commonest one matches class Linear (and names the head, where it has it:
+SGLang 0.5.23 `compressed_tensors.py` get_lm_head_scheme), and the others name their modules.
 Tensors and packing: `kernels/layout/compressed_tensors_layout.py`. Scales are bf16, as transformers keeps them.
 (compressed-tensors 0.20 `quantization/quant_config.py`; vLLM 0.32 `compressed_tensors.py`; transformers 5.23.)
 """
@@ -69,8 +70,10 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> d
     groups = {}
     for number, scheme in enumerate(ordered):
         rules = [f"re:{rule}" for rule in named_rules(schemes, scheme)]
-        targets = ["Linear"] if scheme == common[0][0] else rules
-        groups[f"group_{number}"] = _group(targets, scheme)
+        if scheme == common[0][0]:
+            # A head is no Linear to vLLM and SGLang, and counts as quantized only where a target names it.
+            rules = ["Linear", *(rule for rule in rules if "lm_head" in rule)]
+        groups[f"group_{number}"] = _group(rules, scheme)
     forms = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",

@@ -89,6 +89,8 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> d
 
 
 def _leaves(modules: Iterable[str]) -> list[str]:
-    """Names inside a block, each once: `linear_attn.in_proj_qkv`; experts with their numbers."""
-    inside = [module.partition("layers.")[2].partition(".")[2] for module in modules if "layers." in module]
+    """Names inside a block, each once: `linear_attn.in_proj_qkv`; experts with their numbers. And what is quantized
+    outside the blocks, which vLLM takes for unquantized if it is not here (0.32 `gptq_utils.py`,
+    is_layer_gptq_quantized): `lm_head`."""
+    inside = [module.partition("layers.")[2].partition(".")[2] if "layers." in module else module for module in modules]
     return list(dict.fromkeys(inside))

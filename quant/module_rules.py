@@ -63,8 +63,9 @@ def rules(modules: Iterable[str], beside_mtp: bool = False) -> list[str]:
     """
     layers: dict[tuple[str, str], set[int]] = defaultdict(set)
     for module in modules:
-        prefix = r".*mtp\." if _is_mtp(module) else "(?!.*mtp).*" if beside_mtp else ".*"
         layer, leaf = _layer_and_leaf(module)
+        has_twin = beside_mtp and layer is not None
+        prefix = r".*mtp\." if _is_mtp(module) else "(?!.*mtp).*" if has_twin else ".*"
         layers[prefix, leaf].update(() if layer is None else (layer,))
     found = []
     for (prefix, leaf), numbers in layers.items():

@@ -60,6 +60,33 @@ def test_runs_and_loads_by_compute_capability() -> None:
     assert "NVIDIA only" in str(sglang.loads(nine, weight_format("nvfp4"), device("mi300x"), "0.5.23"))
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "where", "says"),
+    [
+        *(("qwen3.5-27b", weights, "mi300x", "CUDA only") for weights in ("int4", "int8", "int4-gptq", "int8-w8a8")),
+        ("qwen3.5-35b-a3b", "gptq-int4-official", "mi355x", "CUDA only"),
+        ("qwen3.5-27b", "int4-g256", "h100-sxm", "groups of 256"),
+        ("qwen3.5-35b-a3b", "int8-w8a8", "h100-sxm", "on NPUs only"),
+        ("qwen3.5-27b", "fp8", "mi300x", None),
+        ("qwen3.5-27b", "int4-awq", "mi300x", None),
+        ("qwen3.5-27b", "int8-w8a8", "h100-sxm", None),
+        ("qwen3.5-27b", "int4-channel", "h100-sxm", None),
+        ("qwen3.5-35b-a3b", "int8", "h100-sxm", None),
+    ],
+)
+def test_integers_need_a_kernel(name: str, weights: str, where: str, says: str | None) -> None:
+    """Read in 0.5.23: Marlin and int8_scaled_mm are imported on CUDA alone; get_moe_scheme raises for W8A8."""
+    found = sglang.loads(model(name), weight_format(weights), device(where), "0.5.23")
+    assert (found is None) if says is None else (says in str(found))
+
+
+def test_a_packed_head_cannot_be_shared_with_the_draft() -> None:
+    """`get_embed_and_head` of its models/qwen3_5.py reads lm_head.weight; a packed head has weight_packed."""
+    with pytest.raises(Unsupported, match="int4-head8 packs"):
+        sglang.estimate(setup(weights="int4-head8", mtp=1))
+    assert gpus(weights="int4-head8") and gpus(weights="int4", mtp=1)
+
+
 def test_cache_types_by_device() -> None:
     assert sglang.kv_dtypes(device("rtx3060"), "0.5.23") == ("bf16", "fp8_e4m3", "fp8_e5m2")
     assert sglang.kv_dtypes(device("t4"), "0.5.23") == ("bf16",)

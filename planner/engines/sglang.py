@@ -18,6 +18,7 @@ from .sglang_budget import PREFILL_GRAPHS, SglangEstimate, Station
 from .sglang_pool import KV_BYTES, cells, stage_layers
 from .support import (
     capability,
+    has_integers,
     is_fp4,
     kinds,
     likened,
@@ -42,6 +43,7 @@ ENGINE = Engine(
 )
 
 SMALLEST_CHUNK_TOKENS = 2048
+MARLIN_GROUP_SIZES = (None, 32, 64, 128)  # None: a scale per row
 MULTIMODAL_CACHE_BYTES = 100 * MIB  # SGLANG_VLM_CACHE_SIZE_MB
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # SGLANG_FLASHINFER_WORKSPACE_SIZE
 # Below so many MiB of memory: chunk of prefill, largest decode batch in graphs, and that batch from tp 4 on
@@ -84,6 +86,20 @@ def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str 
         return f"SGLang loads {fmt.name} from compute capability 8.0 on; {device.title} has {named_capability(device)}"
     if device.vendor == "amd" and is_fp4(fmt):
         return f"SGLang has NVFP4 kernels for NVIDIA only, not for {device.title}"
+    return _integer_obstacle(model, fmt, device) if has_integers(fmt) else None
+
+
+def _integer_obstacle(model: Model, fmt: WeightFormat, device: Device) -> str | None:
+    """Weights of integers are multiplied by Marlin, and those of W8A8 by `int8_scaled_mm`, both built for CUDA only
+    (compressed_tensors_wNa16.py, compressed_tensors_w8a8_int8.py, gptq_marlin_repack.py; plain GPTQ is gone from the
+    registry of quantization/__init__.py); AWQ has a kernel in Triton. Group sizes: marlin_utils.py. Experts:
+    CompressedTensorsConfig.get_moe_scheme."""
+    if device.vendor == "amd" and fmt.dialect != "awq":
+        return f"SGLang's kernels for {fmt.name} are for CUDA only, not for {device.title}: take bf16, fp8, or vLLM"
+    if fmt.dialect != "awq" and fmt.group_size not in MARLIN_GROUP_SIZES:
+        return f"SGLang has no kernel for groups of {fmt.group_size} ({fmt.name}): take groups of 32, 64 or 128"
+    if fmt.name == "int8-w8a8" and model.is_moe:
+        return f"SGLang has W8A8 kernels for experts on NPUs only: {fmt.name} of {model.name} does not load there"
     return None
 
 
@@ -147,6 +163,11 @@ def estimate(setup: Setup) -> Estimate:
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device)
         if obstacle:
             raise Unsupported(obstacle)
+    if setup.mtp and has_integers(setup.weights) and setup.weights.lm_head_bits < 16:
+        # eagle_worker_v2.py init_lm_head gives the draft the head's `weight`, which a packed head does not have
+        raise Unsupported(
+            f"SGLang drafts with the head's own weights, which {setup.weights.name} packs: leave out mtp, or the head"
+        )
     radix = options.prefix_caching
     sizes = cells(model, setup.tp, setup.pp, setup.kv_dtype, setup.state_dtype, radix, "extra_buffer", setup.mtp)
     smallest = min(kinds(devices), key=lambda device: device.memory_bytes)

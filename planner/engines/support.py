@@ -41,6 +41,11 @@ def likened(model: Model, fmt: WeightFormat) -> WeightFormat:
         return weight_format(like) if like else fmt
 
 
+def has_integers(fmt: WeightFormat) -> bool:
+    """Whether it is ours, or another one of integers for vLLM's and SGLang's loaders: compressed-tensors, GPTQ, AWQ."""
+    return fmt.family == "safetensors" and fmt.dialect in ("compressed-tensors", "gptq", "awq")
+
+
 def is_fp4(fmt: WeightFormat) -> bool:
     return fmt.name.startswith("nvfp4")
 

@@ -16,6 +16,7 @@ from .engine import Engine, Estimate, Setup
 from .replicas import over_replicas
 from .support import (
     capability,
+    has_integers,
     is_fp4,
     kinds,
     likened,
@@ -101,7 +102,16 @@ def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str 
         return f"vLLM has NVFP4 kernels for NVIDIA only, not for {device.title}"
     elif fmt.name == "fp8" and device.kind == "cpu":
         return "vLLM's CPU backend does not load FP8 checkpoints"
+    elif device.kind == "cpu" and _packs_bytes(fmt):
+        return f"vLLM's CPU backend has kernels for weights of 4 bits: {fmt.name} does not load there"
     return None
+
+
+def _packs_bytes(fmt: WeightFormat) -> bool:
+    """Weights of 8 bits without activations of 8 bits (kernels/linear/mixed_precision/cpu.py has 4; run: a ValueError
+    while the model loads)."""
+    is_packed = has_integers(fmt) and fmt.name != "int8-w8a8"
+    return is_packed and 8 in (fmt.bits, fmt.lm_head_bits, fmt.mtp_bits)
 
 
 def weight_formats(model: Model, device: Device) -> tuple[str, ...]:

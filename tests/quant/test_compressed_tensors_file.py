@@ -1,6 +1,7 @@
 """compressed-tensors as it is written here, read by the kernels' conversions, the runtime, and transformers."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from math import prod
@@ -183,6 +184,23 @@ def test_transformers_rounds_activations(checkpoint: Any, quantized_checkpoint: 
         if label in parameters:
             assert torch.equal(parameter, parameters[label]), label
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.25
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head_is_named(bits: int) -> None:
+    """SGLang 0.5.23 `get_lm_head_scheme` and vLLM 0.32 `find_matched_target` ask targets for `language_model.lm_head`;
+    it is no Linear, so a group of that class alone would leave it unquantized, and its codes unread."""
+    schemes = {"model.layers.0.mlp.down_proj": Scheme(4, 32, True), "model.layers.1.mlp.down_proj": Scheme(4, 32, True)}
+    groups = form.quantization_config({**schemes, "lm_head": Scheme(bits, 32, True)}, [])["config_groups"].values()
+    [found] = [
+        group["weights"]["num_bits"]
+        for group in groups
+        for target in group["targets"]
+        if target.startswith("re:") and re.match(target.removeprefix("re:"), "language_model.lm_head")
+    ]
+    assert found == bits
+    plain = form.quantization_config(schemes, ["lm_head"])
+    assert [group["targets"] for group in plain["config_groups"].values()] == [["Linear"]]
 
 
 def test_config_is_what_loaders_take(checkpoint: Any, quantized_checkpoint: Any, tmp_path: Path) -> None:

@@ -112,6 +112,20 @@ def looked_up(dynamic: dict[str, Any], layer: str) -> Any:
     return None
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head_is_listed(bits: int) -> None:
+    """vLLM 0.32 `gptq_utils.py`, is_layer_gptq_quantized: whatever no name of `modules_in_block_to_quantize` is part of
+    counts as unquantized."""
+    scheme = Scheme(4, 64, True)
+    schemes = {f"model.layers.{layer}.mlp.down_proj": scheme for layer in (0, 1)}
+    config = form.quantization_config({**schemes, "lm_head": Scheme(bits, 64, True)}, [])
+    assert config["lm_head"] and config["modules_in_block_to_quantize"] == [["mlp.down_proj", "lm_head"]]
+    expected = None if bits == 4 else {"bits": 8, "group_size": 64}
+    assert looked_up(config["dynamic"], "language_model.lm_head") == expected
+    plain = form.quantization_config(schemes, ["lm_head"])
+    assert plain["modules_in_block_to_quantize"] == [["mlp.down_proj"]] and not plain["lm_head"]
+
+
 def test_rules_as_engines_look_them_up(checkpoint: Any, quantized_checkpoint: Any, tmp_path: Path) -> None:
     def scheme_of(module: str) -> Scheme | None:
         if not is_text_matrix(module) or "layers.2.linear_attn.out_proj" in module:

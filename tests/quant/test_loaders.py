@@ -229,10 +229,19 @@ def asked(python: str, child: str, folder: Path, tmp_path: Path) -> Any:
     return found
 
 
-def loaded(form: str, name: str, make: Any, write: Any, tmp_path: Path, python: str, child: str) -> tuple[Any, Any]:
+def loaded(
+    form: str, name: str, make: Any, write: Any, tmp_path: Path, python: str, child: str, head: Scheme | None = None
+) -> tuple[Any, Any]:
+    """What transformers and the engine answer. head: how a head of its own is quantized; None: it is the embedding."""
     writer, scheme = FORMATS[form]
-    folder = make(name, **SIDES)
-    fake = write(folder, tmp_path / "quantized", writer, lambda module: scheme if is_text_matrix(module) else None)
+    folder = make(name, **SIDES, **({"tie_word_embeddings": False} if head else {}))
+    fake = write(
+        folder,
+        tmp_path / "quantized",
+        writer,
+        lambda module: scheme if is_text_matrix(module) else head if module.endswith("lm_head") else None,
+    )
+    assert head is None or any(module.startswith("lm_head") for module in fake)
     expected = reference(folder, fake)[-1]
     return expected, asked(python, child, tmp_path / "quantized", tmp_path)
 
@@ -243,6 +252,27 @@ def test_vllm_serves_it(form: str, checkpoint: Any, quantized_checkpoint: Any, t
     expected, found = loaded(form, "qwen3_5", checkpoint, quantized_checkpoint, tmp_path, str(VLLM), VLLM_CHILD)
     print(f"{form}: KL {divergence(expected, found):.2e}, max {(expected - found).abs().max():.3f}")
     assert divergence(expected, found) < (5e-2 if "w8a8" in form else 5e-3)
+
+
+@pytest.mark.skipif(not VLLM, reason="QWENFIT_VLLM_PYTHON names no interpreter with vLLM")
+@pytest.mark.parametrize(
+    ("form", "head"),
+    [
+        ("compressed-tensors int4", Scheme(4, 64, True)),  # as everything else: one group, found by its name
+        ("compressed-tensors int4", Scheme(4, 32, True)),
+        ("compressed-tensors int4 asym", Scheme(4, 32, False)),
+        ("gptq", Scheme(4, 64, True)),
+        ("gptq", Scheme(4, 32, True)),
+        ("awq", Scheme(4, 64, False)),
+    ],
+)  # the CPU build has no kernel for 8 bits
+def test_vllm_serves_a_quantized_head(
+    form: str, head: Scheme, checkpoint: Any, quantized_checkpoint: Any, tmp_path: Path
+) -> None:
+    told = (tmp_path, str(VLLM), VLLM_CHILD, head)
+    expected, found = loaded(form, "qwen3_5", checkpoint, quantized_checkpoint, *told)
+    print(f"{form}, head in groups of {head.group_size}: KL {divergence(expected, found):.2e}")
+    assert divergence(expected, found) < 5e-3
 
 
 @pytest.mark.skipif(not GPTQ, reason="QWENFIT_GPTQ_PYTHON names no interpreter with gptqmodel")
