@@ -87,6 +87,16 @@ def test_a_packed_head_cannot_be_shared_with_the_draft() -> None:
     assert gpus(weights="int4-head8") and gpus(weights="int4", mtp=1)
 
 
+def test_gptq_experts_of_a_draft_are_quantized_or_missing() -> None:
+    """Run in 0.5.23 (tests/quant/test_sglang_loading.py): experts of the draft stay unfilled where GPTQ files keep
+    them, as Qwen's own do."""
+    told = {"weights": "gptq-int4-official", "where": "h100-sxm"}
+    with pytest.raises(Unsupported, match="draft's experts"):
+        sglang.estimate(setup("qwen3.5-35b-a3b", mtp=1, **told))
+    assert sglang.estimate(setup("qwen3.5-35b-a3b", **told))
+    assert sglang.estimate(setup("qwen3.5-27b", mtp=1, **told))
+
+
 def test_cache_types_by_device() -> None:
     assert sglang.kv_dtypes(device("rtx3060"), "0.5.23") == ("bf16", "fp8_e4m3", "fp8_e5m2")
     assert sglang.kv_dtypes(device("t4"), "0.5.23") == ("bf16",)

@@ -103,6 +103,18 @@ def _integer_obstacle(model: Model, fmt: WeightFormat, device: Device) -> str | 
     return None
 
 
+def _draft_obstacle(model: Model, fmt: WeightFormat) -> str | None:
+    """eagle_worker_v2.py (init_lm_head) gives the draft the head's `weight`, which a packed head does not have. GPTQ's
+    rules are not asked for experts (gptq.py, GPTQMarlinConfig.get_quant_method): where the prediction layer is kept,
+    its experts are left as they were allocated, and no draft is accepted (run: tests/quant/test_sglang_loading.py)."""
+    fmt = likened(model, fmt)
+    if has_integers(fmt) and fmt.lm_head_bits < 16:
+        return f"SGLang drafts with the head's own weights, which {fmt.name} packs: leave out mtp, or the head"
+    if model.is_moe and fmt.dialect == "gptq" and fmt.mtp_bits == 16:
+        return f"SGLang takes the draft's experts for GPTQ, which {fmt.name} keeps in bf16: leave out mtp"
+    return None
+
+
 def weight_formats(model: Model, device: Device) -> tuple[str, ...]:
     """Formats worth trying: ours, and published ones where they exist."""
     names = ("bf16", "fp8", "int8", "int4", "gptq-int4-official", "nvfp4")
@@ -163,11 +175,9 @@ def estimate(setup: Setup) -> Estimate:
         obstacle = kv_dtype_obstacle(setup.kv_dtype, device)
         if obstacle:
             raise Unsupported(obstacle)
-    if setup.mtp and has_integers(setup.weights) and setup.weights.lm_head_bits < 16:
-        # eagle_worker_v2.py init_lm_head gives the draft the head's `weight`, which a packed head does not have
-        raise Unsupported(
-            f"SGLang drafts with the head's own weights, which {setup.weights.name} packs: leave out mtp, or the head"
-        )
+    obstacle = _draft_obstacle(model, setup.weights) if setup.mtp else None
+    if obstacle:
+        raise Unsupported(obstacle)
     radix = options.prefix_caching
     sizes = cells(model, setup.tp, setup.pp, setup.kv_dtype, setup.state_dtype, radix, "extra_buffer", setup.mtp)
     smallest = min(kinds(devices), key=lambda device: device.memory_bytes)

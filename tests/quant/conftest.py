@@ -30,14 +30,15 @@ WIDE = {  # rows of 256 and more, as blocks of 256 weights need them
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint("qwen3_5" | "qwen3_5_moe", is_wide=False, **changes of config.json) -> its folder; read only."""
+    """checkpoint("qwen3_5" | "qwen3_5_moe", is_wide=False, sees=False, **changes of config.json) -> its folder; read
+    only. sees: with a vision tower, as the releases are."""
     made: dict[str, Path] = {}
 
-    def make(name: str, is_wide: bool = False, **changes: Any) -> Path:
-        key = f"{name} {is_wide} {changes!r}"
+    def make(name: str, is_wide: bool = False, sees: bool = False, **changes: Any) -> Path:
+        key = f"{name} {is_wide} {sees} {changes!r}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp(name)
-            write_checkpoint(made[key], name, {**(WIDE if is_wide else {}), **changes})
+            write_checkpoint(made[key], name, {**(WIDE if is_wide else {}), **changes}, sees=sees)
         return made[key]
 
     return make
@@ -129,7 +130,29 @@ def split_experts(name: str, shape: tuple[int, ...]) -> list[tuple[str, Any]]:
     ]
 
 
-def write_checkpoint(folder: Path, name: str, changes: dict[str, Any], dtype: Any = torch.bfloat16) -> None:
+def with_vision(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a text model inside that of a release: its class, a small tower, and ids of images."""
+    text = {key: value for key, value in config.items() if key != "architectures"}
+    name = config["model_type"].removesuffix("_text")
+    tower = {
+        "model_type": name, "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "in_channels": 3,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": config["hidden_size"],
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [], "hidden_act": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {
+        "architectures": [config["architectures"][0].replace("ForCausalLM", "ForConditionalGeneration")],
+        "model_type": name,
+        "text_config": text,
+        "vision_config": tower,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        **{name: config["vocab_size"] - 1 - number for number, name in enumerate(ids)},
+    }
+
+
+def write_checkpoint(
+    folder: Path, name: str, changes: dict[str, Any], dtype: Any = torch.bfloat16, sees: bool = False
+) -> None:
     from safetensors.torch import save_file
 
     from qwenfit.profiles.model_catalog import model
@@ -137,7 +160,8 @@ def write_checkpoint(folder: Path, name: str, changes: dict[str, Any], dtype: An
     known = json.loads((DATA / f"tiny_{name}.json").read_text(encoding="utf-8"))
     allowed = set(known) | {"vision_config", "text_config", "mlp_only_layers"}
     config = {**known, **{key: value for key, value in changes.items() if key in allowed}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    whole = with_vision(config) if sees else config
+    (folder / "config.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for label, tensor in model(str(folder / "config.json")).expanded():
