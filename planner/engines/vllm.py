@@ -57,6 +57,8 @@ ENGINE = Engine(
 SMALLEST_BATCH_TOKENS = 2048
 ROCM_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1250", "gfx11", "gfx12")  # platforms/rocm.py
 ROCM_FP8_ARCHITECTURES = ("gfx94", "gfx95", "gfx12")
+AMX_ARCHITECTURES = ("sapphire-rapids", "emerald-rapids", "granite-rapids")  # profiles/cpu.yaml
+ARM_SERVERS = ("neoverse-n1", "neoverse-v1", "neoverse-v2", "cortex-a76")
 FP8_CACHE = ("fp8", "fp8_e4m3", "fp8_e5m2")
 BF16_CACHE = ("bf16", "auto", "bfloat16")
 QUANTIZED_WEIGHTS = (7, 5)  # Marlin kernels, which all of these fall back to (get_min_capability of the loaders)
@@ -102,16 +104,22 @@ def loads(model: Model, fmt: WeightFormat, device: Device, version: str) -> str 
         return f"vLLM has NVFP4 kernels for NVIDIA only, not for {device.title}"
     elif fmt.name == "fp8" and device.kind == "cpu":
         return "vLLM's CPU backend does not load FP8 checkpoints"
-    elif device.kind == "cpu" and _packs_bytes(fmt):
-        return f"vLLM's CPU backend has kernels for weights of 4 bits: {fmt.name} does not load there"
+    elif device.kind == "cpu" and has_integers(fmt):
+        return _cpu_obstacle(model, fmt, device)
     return None
 
 
-def _packs_bytes(fmt: WeightFormat) -> bool:
-    """Weights of 8 bits without activations of 8 bits (kernels/linear/mixed_precision/cpu.py has 4; run: a ValueError
-    while the model loads)."""
-    is_packed = has_integers(fmt) and fmt.name != "int8-w8a8"
-    return is_packed and 8 in (fmt.bits, fmt.lm_head_bits, fmt.mtp_bits)
+def _cpu_obstacle(model: Model, fmt: WeightFormat, device: Device) -> str | None:
+    """Packed weights have 4 bits (kernels/linear/mixed_precision/cpu.py), and experts of integers need tiles of AMX, or
+    ARM for W8A8 (fused_moe/experts/cpu_moe.py, without AMD's zentorch). Run: ValueError and NotImplementedError while
+    the model loads."""
+    is_packed = fmt.name != "int8-w8a8"
+    if is_packed and 8 in (fmt.bits, fmt.lm_head_bits, fmt.mtp_bits):
+        return f"vLLM's CPU backend has kernels for weights of 4 bits: {fmt.name} does not load there"
+    takes_experts = device.architecture in (AMX_ARCHITECTURES if is_packed else (*AMX_ARCHITECTURES, *ARM_SERVERS))
+    if model.is_moe and not takes_experts:
+        return f"vLLM has no kernel for experts in {fmt.name} on {device.title}: that takes AMX (Sapphire Rapids on)"
+    return None
 
 
 def weight_formats(model: Model, device: Device) -> tuple[str, ...]:
