@@ -44,8 +44,8 @@ from .operations import (
 from .packed import packed_expert_matmul, packed_matmul
 
 TILE_ROWS, GEMV_TOKENS = 32, 8  # as in csrc/matmul.h
-MOST_TASK_TILES = 8
-TASKS_PER_THREAD = 4
+MOST_TASK_TILES, TASKS_PER_THREAD = 8, 4  # of stacks of experts
+SHORT_ROW_BYTES = 1024  # as in csrc/gemv.h
 DENSE_ROWS = 8  # up to here a matrix of floats is read by our own gemv; above, F.linear is faster
 
 
@@ -245,8 +245,11 @@ def add_matmul(
 
 
 def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
-    """Tiles of 32 rows in a task: few tasks begin seldom (`find_times` in csrc/gemv.h), and every thread wants some."""
-    if rows > GEMV_TOKENS and not slots:
-        return 1
+    """Tiles of 32 rows in a task. One, for threads take many tasks of a matrix as one (csrc/progress.h), and two where
+    rows are so short that 64 are read side by side; of a stack's experts a task is all that is taken: few begin seldom
+    (`find_times` in csrc/gemv.h), and every thread wants some."""
+    if not slots:
+        bytes_per_row = min(matrix.columns * matrix.bits // 8 for matrix, _ in matrices)
+        return 2 if rows == 1 and 0 < bytes_per_row <= SHORT_ROW_BYTES else 1
     tiles = sum(-(-matrix.rows // TILE_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))
     return max(1, min(MOST_TASK_TILES, tiles // (TASKS_PER_THREAD * torch.get_num_threads())))

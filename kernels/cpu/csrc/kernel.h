@@ -1,5 +1,6 @@
-/* What the pool knows of an operation: how many tasks it has, one of them, the bytes of scratch that a task needs, and
- * how to ask memory for what a task reads first, one of ASK_STEPS steps (null: it asks for nothing). */
+/* What the pool knows of an operation: how many tasks it has, one of them, the bytes of scratch that a task needs;
+ * how to ask memory for what a task reads first, one of ASK_STEPS steps (null: it asks for nothing); whether neighbouring
+ * tasks are alike and may be done as one, and how (null: they are not). */
 #pragma once
 #include <stdint.h>
 
@@ -10,4 +11,6 @@ typedef struct {
     void (*task)(void *op, int64_t task, float *scratch);
     int64_t (*scratch_bytes)(const void *op);
     void (*ask)(const void *op, int64_t task, int64_t step);
+    int (*joins)(const void *op);
+    void (*joined)(const void *op, int64_t first, int64_t count, float *scratch);
 } Kernel;

@@ -53,9 +53,8 @@ INLINE Place place_of(const Matmul *op, int64_t task)
     return (Place){m, slot, task * most, left < most ? left : most};
 }
 
-static void matmul_task(const Matmul *op, int64_t task, float *scratch)
+static void multiply_place(const Matmul *op, Place place, float *scratch)
 {
-    const Place place = place_of(op, task);
     const Matrix *m = place.m;
     int64_t token0 = op->offsets ? op->offsets[place.slot] : 0,
             tokens = (op->offsets ? op->offsets[place.slot + 1] : op->rows) - token0;
@@ -68,6 +67,26 @@ static void matmul_task(const Matmul *op, int64_t task, float *scratch)
     for (int64_t row0 = place.first; row0 < place.first + place.rows; row0 += TILE_ROWS)
         if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, row0);
         else gemm_tile(m, expert, op->x, token0, tokens, row0, scratch);
+}
+
+static void matmul_task(const Matmul *op, int64_t task, float *scratch)
+{
+    multiply_place(op, place_of(op, task), scratch);
+}
+
+/* Experts have different numbers of tokens, and many tokens keep a tile busy by themselves: those go one by one. */
+static int matmul_joins(const Matmul *op) { return !op->offsets && op->rows <= GEMV_TOKENS; }
+static void matmul_joined(const Matmul *op, int64_t first, int64_t count, float *scratch)
+{
+    const int64_t most = TILE_ROWS * op->task_tiles;
+    while (count > 0) {
+        Place place = place_of(op, first);
+        const int64_t left = (place.m->bits ? place.m->padded_rows : place.m->rows) - place.first;
+        place.rows = count * most < left ? count * most : left; /* of this matrix; what is behind it is another's */
+        multiply_place(op, place, scratch);
+        const int64_t done = (place.rows + most - 1) / most;
+        first += done, count -= done;
+    }
 }
 
 /* Asks for a part of the first ASK_BYTES of every run that a task begins with. Which experts of a stack are read is

@@ -100,8 +100,14 @@ static int begin(const Kernel *table, const void *const *operations, int64_t cou
     return atomic_load(&running);
 }
 
-/* A lot of the share of `owner` in operation `now`, from its front or its back; -1: none left. */
-static int64_t take(uint32_t now, int64_t lots, int64_t owner, int is_own)
+/* Some of a share's lots; none: count 0. */
+typedef struct {
+    int64_t first, count;
+} Taken;
+
+/* Of the share of `owner` in operation `now`, from its front or its back. Of tasks that may be done as one it is half of
+ * what is left: large pieces begin seldom, and small ones at the end let all threads finish together. */
+static Taken take(uint32_t now, int64_t lots, int64_t owner, int is_own, int in_halves)
 {
     const int64_t first = first_of_share(lots, owner), end = first_of_share(lots, owner + 1);
     uint64_t seen = atomic_load(&shares[owner].taken);
@@ -109,9 +115,10 @@ static int64_t take(uint32_t now, int64_t lots, int64_t owner, int is_own)
         const int32_t age = (int32_t)(now - (uint32_t)(seen >> 32));
         const uint64_t taken = age == 0 ? seen : (uint64_t)now << 32;
         const int64_t front = taken >> 16 & MOST_LOTS, back = taken & MOST_LOTS;
-        if (age < 0 || first + front + back >= end) return -1;
-        if (atomic_compare_exchange_strong(&shares[owner].taken, &seen, taken + (is_own ? 1 << 16 : 1)))
-            return is_own ? first + front : end - 1 - back;
+        const int64_t left = end - first - front - back, count = in_halves && left > 1 ? left / 2 : 1;
+        if (age < 0 || left <= 0) return (Taken){0, 0};
+        if (atomic_compare_exchange_strong(&shares[owner].taken, &seen, taken + (uint64_t)(is_own ? count << 16 : count)))
+            return (Taken){is_own ? first + front : end - back - count, count};
     }
 }
 
@@ -153,16 +160,22 @@ static void work(int64_t member)
         const int64_t count = atomic_load_explicit(&tasks, memory_order_acquire);
         const int64_t in_lot = atomic_load_explicit(&lot, memory_order_acquire), lots = lots_of(count, in_lot);
         if (atomic_load(&serial) != now) continue;
-        int64_t mine = -1;
-        for (int64_t i = 0; mine < 0 && i < members; i++) mine = take(now, lots, (member + i) % members, i == 0);
-        if (mine < 0) {
+        const Kernel *kernel = count ? kernel_of(op) : NULL;
+        const int joins = kernel && kernel->joins && kernel->joins(op);
+        Taken mine = {0, 0};
+        for (int64_t i = 0; kernel && !mine.count && i < members; i++)
+            mine = take(now, lots, (member + i) % members, i == 0, joins);
+        if (!mine.count) {
             spent = now;
             continue;
         }
         spins = 0;
-        const int64_t end = (mine + 1) * in_lot < count ? (mine + 1) * in_lot : count;
-        for (int64_t task = mine * in_lot; task < end; task++) kernel_of(op)->task(op, task, scratch_for(op));
-        if (atomic_fetch_add(&done, 1) + 1 == lots) publish();
+        const int64_t first = mine.first * in_lot, behind = (mine.first + mine.count) * in_lot;
+        const int64_t end = behind < count ? behind : count;
+        if (joins) kernel->joined(op, first, end - first, scratch_for(op));
+        else
+            for (int64_t task = first; task < end; task++) kernel->task(op, task, scratch_for(op));
+        if (atomic_fetch_add(&done, mine.count) + mine.count == lots) publish();
     }
 }
 

@@ -258,6 +258,24 @@ def test_nothing_beside_the_result_is_written(tokens: int, rows: int) -> None:
 
 
 @in_c
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("columns", [256, 2560])  # rows that are read 64 and 16 at a time
+def test_matrices_of_one_operation_do_not_run_into_each_other(tokens: int, columns: int) -> None:
+    """Neighbouring tasks are done as one (`progress.h`), up to where another matrix begins."""
+    weights = [weight_of(rows, columns, 4, 128, False, seed=rows) for rows in (300, 20, 33, 1, 700)]
+    x, outputs, program = randn(tokens, columns).bfloat16(), [], Program(cpu_library())
+    rounded = add_round(program, x, weights[0])
+    for weight in weights:
+        outputs.append(torch.full((tokens, weight.rows), float("nan"), dtype=torch.bfloat16))
+    add_matmul(program, [quantized_matrix(*pair) for pair in zip(weights, outputs, strict=True)], tokens, rounded)
+    for threads in (1, 2, 3):
+        program.run(threads=threads)
+        for weight, y in zip(weights, outputs, strict=True):
+            assert torch.equal(y, quantized_matmul(x, weight))
+            y.fill_(float("nan"))
+
+
+@in_c
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_what_is_no_number_spoils_its_own_row_only(tokens: int) -> None:
     weight, x = weight_of(40, 256, 4, 128, True), randn(tokens + 1, 256).bfloat16()
