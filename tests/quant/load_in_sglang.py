@@ -6,6 +6,7 @@ No kernel is run: what is checked is which parameters the quantization config ma
 Kernels for CUDA are taken to be there, or the formats that need them would be refused.
 """
 
+# pyright: reportMissingImports=false
 import glob
 import json
 import logging

@@ -92,5 +92,5 @@ def test_what_the_planner_refuses_of_drafts(checkpoint: Callable[..., Path], tmp
     folder = checkpoint("qwen3_5_moe", sees=True, tie_word_embeddings=False, **SIDES)
     quantize(str(folder), str(tmp_path / "made"), Recipe(method="rtn", format="gptq", group_size=64))
     found = loaded(tmp_path / "made")
-    draft = found.get(DRAFT, found.get("draft"))
+    draft = found[DRAFT] if DRAFT in found else found["draft"]
     assert "error" in draft or "model.layers.0.mlp.experts.w13_qweight" in draft["without"]
