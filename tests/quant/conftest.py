@@ -27,14 +27,25 @@ WIDE = {  # rows of 256 and more, as blocks of 256 weights need them
     "linear_value_head_dim": 64,
 }
 
+FOR_KERNELS = {  # multiples of 64, GPTQ's and AWQ's groups of 64, Marlin's tiles
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint("qwen3_5" | "qwen3_5_moe", is_wide=False, sees=False, **changes of config.json) -> its folder; read
-    only. sees: with a vision tower, as the releases are."""
+    """checkpoint("qwen3_5" | "qwen3_5_moe", is_wide=False, sees=False, for_kernels=False, **changes of config.json) ->
+    its folder; read only. sees: with a vision tower, as the releases are. for_kernels: sides that every kernel of the
+    engines takes."""
     made: dict[str, Path] = {}
 
-    def make(name: str, is_wide: bool = False, sees: bool = False, **changes: Any) -> Path:
+    def make(name: str, is_wide: bool = False, sees: bool = False, for_kernels: bool = False, **changes: Any) -> Path:
+        changes = {**(FOR_KERNELS if for_kernels else {}), **changes}
         key = f"{name} {is_wide} {sees} {changes!r}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp(name)

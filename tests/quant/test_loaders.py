@@ -33,15 +33,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is the t
 SERVER, VLLM, GPTQ = (os.environ.get(f"QWENFIT_{name}") for name in ("LLAMA_SERVER", "VLLM_PYTHON", "GPTQ_PYTHON"))
 VOCABULARY = 512
 KEPT_WORDS = ("in_proj_a", "in_proj_b", "conv1d", "mlp.gate.", "shared_expert_gate", "norm", "embed", "head", "mtp")
-# Sides that every kernel of the engines takes: multiples of 64, GPTQ's and AWQ's groups of 64.
-SIDES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
 
 
 def is_text_matrix(module: str) -> bool:
@@ -234,7 +225,7 @@ def loaded(
 ) -> tuple[Any, Any]:
     """What transformers and the engine answer. head: how a head of its own is quantized; None: it is the embedding."""
     writer, scheme = FORMATS[form]
-    folder = make(name, **SIDES, **({"tie_word_embeddings": False} if head else {}))
+    folder = make(name, for_kernels=True, **({"tie_word_embeddings": False} if head else {}))
     fake = write(
         folder,
         tmp_path / "quantized",

@@ -22,14 +22,6 @@ pytestmark = [
     pytest.mark.engines,
     pytest.mark.skipif(not (PYTHON and PACKAGE), reason="QWENFIT_SGLANG_PYTHON and _PATH name no SGLang"),
 ]
-SIDES = {  # what Marlin's tiles take
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
 MODELS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 DRAFT = "Qwen3_5ForCausalLMMTP"
 BOTH = {"mtp": 4, "group_size": 64}
@@ -74,7 +66,7 @@ def loaded(folder: Path) -> dict[str, Any]:
 def test_every_parameter_is_filled(
     name: str, recipe: tuple[str, dict[str, Any]], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = checkpoint(name, sees=True, tie_word_embeddings=False, **SIDES)
+    folder = checkpoint(name, sees=True, for_kernels=True, tie_word_embeddings=False)
     quantize(str(folder), str(tmp_path / "made"), Recipe(**{"method": "rtn", **recipe[1]}))
     found = loaded(tmp_path / "made")
     model = found[MODELS[name == "qwen3_5_moe"]]
@@ -89,7 +81,7 @@ def test_every_parameter_is_filled(
 
 def test_what_the_planner_refuses_of_drafts(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """`planner/engines/sglang.py`: SGLang takes GPTQ experts in the draft, too, where the files keep them."""
-    folder = checkpoint("qwen3_5_moe", sees=True, tie_word_embeddings=False, **SIDES)
+    folder = checkpoint("qwen3_5_moe", sees=True, for_kernels=True, tie_word_embeddings=False)
     quantize(str(folder), str(tmp_path / "made"), Recipe(method="rtn", format="gptq", group_size=64))
     found = loaded(tmp_path / "made")
     draft = found[DRAFT] if DRAFT in found else found["draft"]
