@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..profiles.errors import BadInput
+from ..profiles.errors import BadInput, Unsupported
 from . import awq_file, compressed_tensors_file, gptq_file
 from .modules import Module
 from .output import Output
@@ -67,8 +67,11 @@ class FolderResult:
         return [name.removesuffix(".weight") for name in plain if len(self.source.shape(name)) == 2]
 
     def quantization_config(self) -> dict[str, Any]:
-        """The block of config.json."""
-        return self.file.quantization_config(self.schemes, self.kept())
+        """The block of config.json. `Unsupported` for schemes that the format has no words for."""
+        try:
+            return self.file.quantization_config(self.schemes, self.kept())
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
 
     def open(self, output: Output) -> None:
         """Takes the room on the disk, or goes on in the files of an interrupted run."""

@@ -42,17 +42,15 @@ class LayerSolver:
 
         The layers hold the original weights; streams end behind the layer.
         """
-        if self.method.name == "awq":
-            self._smooth(layers[0], streams[0], modules)
+        smoothed = self._smooth(layers[0], streams[0], modules) if self.method.name == "awq" else set()
         for stage in layers[0].stages:
             if stage == EXPERTS:
                 self._experts(layers, streams, modules)
                 continue
             inputs = [layer.enter(stage, stream) for layer, stream in zip(layers, streams, strict=True)]
-            here = {leaf: modules[leaf] for leaf in STAGES[stage] if leaf in modules}
+            here = {leaf: modules[leaf] for leaf in STAGES[stage] if leaf in modules and leaf not in smoothed}
             originals = {leaf: layers[0].weights[leaf] for leaf in here}
-            solve = bool(here) and self.method.name == "gptq"
-            hessian = accumulated(inputs, list(originals.values())) if solve else None
+            hessian = accumulated(inputs, list(originals.values())) if here else None
             # Whatever else there is of streams goes on first: what it read is then free while solving.
             for layer, stream, x in reversed(list(zip(layers, streams, inputs, strict=True))):
                 if layer is layers[0] and hessian is not None:
@@ -63,8 +61,9 @@ class LayerSolver:
                     if not leaf.startswith(SHARED):  # "experts" still reads those
                         layer.weights.pop(leaf, None)
 
-    def _smooth(self, layer: DecoderLayer, stream: Stream, modules: Mapping[str, Module]) -> None:
-        """AWQ of all but experts: solved from one pass, written, and put into the layer for the next one."""
+    def _smooth(self, layer: DecoderLayer, stream: Stream, modules: Mapping[str, Module]) -> set[str]:
+        """AWQ of all but a mixture's experts: solved from one pass, written, and put into the layer for the next one.
+        The leaves that are done."""
         grids = {
             leaf: grid_of(self.schemes[module.name], self.recorder.result.scale_dtype)
             for leaf, module in modules.items()
@@ -76,6 +75,7 @@ class LayerSolver:
         for leaf, tensor in found.plain.items():
             self.recorder.result.write_plain(self.weights.layer_names(layer.number)[leaf], tensor.cpu())
             layer.weights[leaf] = tensor
+        return set(found.solved)
 
     def _solve(
         self, modules: Mapping[str, Module], originals: Mapping[str, Tensor], hessian: Hessian

@@ -108,6 +108,7 @@ def quantize(
         job.result.open(output)
         with _scratch(output.folder) as scratch:
             job.work(recorder, journal, state, scratch if spills else None, solvers)
+        recorder.check_complete(job.modules)
         if job.source.fingerprint() != identity["source"]:
             raise BadInput(f"{job.source.folder} changed while it was read: --overwrite begins anew")
         job.result.finish()
@@ -156,6 +157,7 @@ class Sizes:
 def sizes(source: str, recipe: Recipe) -> Sizes:
     """Exact, from the headers of the source: nothing is read or written. `QwenfitError` as of `quantize`."""
     found = lay_out(open_source(source), recipe)
+    found.result.quantization_config()  # refuses what `quantize` would
     size_bytes = found.result.total_bytes
     return Sizes(size_bytes, found.source_bytes, found.bits_per_weight, len(found.modules), found.recipe)
 

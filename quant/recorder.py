@@ -68,6 +68,15 @@ class Recorder:
         self._layers_here += 1
         self._layers_done = number + 1
 
+    def check_complete(self, modules: Iterable[Module]) -> None:
+        """RuntimeError where a module was never written: its tensors would be zeros, and the file would load."""
+        written = {result.module for result in self.results}
+        missing = [module.name for module in modules if module.name not in written]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} modules were never written, the first {missing[0]}: a bug in qwenfit, please report it"
+            )
+
     def as_json(self) -> list[dict[str, Any]]:
         """The results so far, for a journal."""
         return [asdict(result) for result in self.results]

@@ -2,8 +2,8 @@
 
 Which producer feeds which readers is the table of `awq.py`. Everything that reads a folded norm takes its scales, also
 what stays unquantized (in_proj_a, in_proj_b): those are written anew. The norm in front of a mixture of experts is left
-alone: too many read it, and each sees other tokens; experts are rounded with the clip search that their own tokens ask
-for.
+alone: too many read it, and each sees other tokens; experts, and the shared one, are rounded with the clip search that
+their own tokens ask for (`layer_solver.py`).
 """
 
 from collections.abc import Mapping

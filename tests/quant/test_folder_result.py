@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from qwenfit.profiles.checkpoint import stored_tensors
-from qwenfit.profiles.errors import BadInput
+from qwenfit.profiles.errors import BadInput, Unsupported
 from qwenfit.quant import Recipe, folder_result, quantize
 from qwenfit.quant.layout import lay_out
 from qwenfit.quant.modules import Module
+from qwenfit.quant.pipeline import sizes
 from qwenfit.quant.source import open_source
 
 UNTIED = {"tie_word_embeddings": False}
@@ -53,6 +54,16 @@ def test_entries_are_what_is_written(checkpoint: Callable[..., Path], tmp_path: 
     assert (
         result.total_bytes == summary.bytes == sum(tensor.bytes for tensor in stored_tensors(summary.target).values())
     )
+
+
+def test_what_a_format_has_no_words_for_is_refused_beforehand(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """8 bits are symmetric, and `sym` of a GPTQ checkpoint is said once: a dry run refuses it as a run does."""
+    source = str(checkpoint("qwen3_5_moe"))
+    recipe = Recipe(group_size=32, symmetric=False, method="rtn", format="gptq", shared_experts=8)
+    for refused in (lambda: sizes(source, recipe), lambda: quantize(source, str(tmp_path / "out"), recipe)):
+        with pytest.raises(Unsupported, match="symmetric or asymmetric as a whole: take compressed-tensors"):
+            refused()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_format_cannot_store_is_named(checkpoint: Callable[..., Path]) -> None:

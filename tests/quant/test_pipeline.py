@@ -53,6 +53,29 @@ def test_what_is_written_loads_and_generates(checkpoint: Checkpoint, tmp_path: P
     assert "qwenfit" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_a_shared_expert_is_solved_by_every_method(checkpoint: Checkpoint, tmp_path: Path, method: str) -> None:
+    """AWQ leaves the norm in front of a mixture alone; what reads it is rounded all the same, for its own inputs."""
+    told = small(bits=8, method=method, shared_experts=8)
+    summary = quantize(str(checkpoint("qwen3_5_moe")), str(tmp_path / "out"), told)
+    shared = {one.module.rpartition(".")[2]: one for one in summary.results if "layers.0.mlp.shared_exp" in one.module}
+    assert set(shared) == {"gate_proj", "up_proj", "down_proj"}
+    for one in shared.values():
+        assert one.method == method and (one.error is None if method == "rtn" else one.error and one.error < 1e-3)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    assert 1e-4 < evaluate(summary.target, str(checkpoint("qwen3_5_moe")), tokens).mean_kl < 0.15
+
+
+def test_what_was_never_written_is_no_result(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room on the disk is taken beforehand: a module that nobody solves would be zeros in a file that loads."""
+    monkeypatch.setattr("qwenfit.quant.layer_solver.LayerSolver._experts", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"never written, the first .*mlp.experts.0.*_proj"):
+        quantize(str(checkpoint("qwen3_5_moe")), str(tmp_path / "out"), small(method="gptq"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_linears_of_all_layers_are_quantized_and_nothing_else(whole: Summary) -> None:
     leaves = {result.module.partition("layers.")[2].partition(".")[2] for result in whole.results}
     assert leaves == {
