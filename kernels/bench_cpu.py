@@ -28,9 +28,9 @@ from .cpu.attention import attention_decode
 from .cpu.delta import gated_delta_rule_prefill, gated_delta_rule_step
 from .cpu.library import CpuLibrary, cpu_library
 from .cpu.matmul import dense_linear, planes_of, with_scales_by_row
-from .cpu.operations import Program, operation, rows_of
+from .cpu.operations import Program, operation
 from .cpu.packed import packed_matmul
-from .cpu.writer import Source, Writer, kind_of
+from .cpu.writer import Writer, kind_of
 from .layout.kv_cache import allocate_kv_cache
 from .layout.packing import QuantizedWeight, pack_int4
 
@@ -114,9 +114,8 @@ def matmul_run(
     writer = Writer(library, x.shape[0], planes_of(x.dtype))
     for weight in map(with_scales_by_row, weights):
         kind = kind_of(weight)
-        rounded = writer.rounded("x", weight.columns, kind)
-        writer.round(rows_of(x), weight.columns, rounded)
-        writer.linear(Source(x, {kind: rounded}), [(weight, writer.buffer("y", weight.rows))])
+        source = writer.unrounded(x, {kind: writer.rounded("x", weight.columns, kind)})
+        writer.linear(source, [(weight, writer.buffer("y", weight.rows))])
         writer.program.held.append(weight)
     writer.program.held.append(x)
     return lambda: writer.program.run(threads)

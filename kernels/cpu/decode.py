@@ -162,7 +162,7 @@ class DecodeProgram:
             **where,
         )
         writer.program.add(rule, *(x for x in (a_log, dt_bias) if x is not layer.A_log and x is not layer.dt_bias))
-        return self._out(reader, Source(out, rounded), is_rounded=is_block)
+        return self._out(reader, Source(out, rounded) if is_block else writer.unrounded(out, rounded))
 
     def _full_attention(self, layer: FullAttention, source: Source, cache: KVCache) -> Tensor:
         writer, configuration = self.writer, self.configuration
@@ -213,14 +213,11 @@ class DecodeProgram:
                 **shape,
             )
             writer.program.add(attention)
-        return self._out(
-            layer.out_proj, Source(out, writer.rounds("attention_out", width, (layer.out_proj,))), is_rounded=False
-        )
+        rounded = writer.rounds("attention_out", width, (layer.out_proj,))
+        return self._out(layer.out_proj, writer.unrounded(out, rounded))
 
-    def _out(self, weight: Weight, source: Source, is_rounded: bool) -> Tensor:
-        """An output projection of rows that lie in floats, and rounded already or not."""
-        for rounded in () if is_rounded else source.rounded.values():
-            self.writer.round(rows_of(source.floats), source.floats.shape[1], rounded)
+    def _out(self, weight: Weight, source: Source) -> Tensor:
+        """An output projection."""
         y = self.writer.buffer("out", self.configuration.hidden_size)
         self.writer.linear(source, [(weight, y)])
         return y
@@ -258,7 +255,7 @@ class DecodeProgram:
             writer.rounds("routed_in", hidden, layer.gate_up, rows),
         )
         for out in rounded.values() or [None]:
-            writer.round(rows_of(source.floats), hidden, out, y=floats, gather=gather, rows=rows)
+            writer.program.add(writer.rounding(rows_of(source.floats), hidden, out, y=floats, gather=gather, rows=rows))
         routing = {"offsets": offsets, "experts": chosen, "active": active}
         both = writer.buffer("routed_both", sum(map(matrix_rows, layer.gate_up)), rows)
         writer.linear(Source(floats, rounded), side_by_side(layer.gate_up, both), routing)

@@ -33,6 +33,7 @@ from .operations import (
     DTYPES,
     Matrix,
     Program,
+    Round,
     Rounded,
     Rows,
     address,
@@ -116,8 +117,9 @@ def _multiply(
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     if x.shape[0] and weight.rows:
         program = Program(library)
-        rounded = add_round(program, x, weight)
-        add_matmul(program, [quantized_matrix(weight, y, bias)], x.shape[0], rounded, offsets=offsets)
+        rounded, rounding = round_operation(program, x, weight)
+        matrices = [quantized_matrix(weight, y, bias)]
+        add_matmul(program, matrices, x.shape[0], rounded, offsets=offsets, rounding=rounding)
         program.run()
     return y if y.dtype == dtype else y.to(dtype)
 
@@ -139,6 +141,13 @@ def planes_of(dtype: torch.dtype) -> int:
 
 def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> Rounded:
     """Append the rounding of x [R, K] for matmuls with `weight` (and others of its group size without an order)."""
+    rounded, rounding = round_operation(program, x, weight, planes)
+    program.add(rounding)
+    return rounded
+
+
+def round_operation(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> tuple[Rounded, Round]:
+    """The same, not appended: for `add_matmul`. The program holds what both point to."""
     columns = x.shape[-1]
     rounded, held = rounded_rows(
         x.shape[0], columns, planes or planes_of(x.dtype), parts_of(weight), lane_factor_of(weight)
@@ -152,8 +161,8 @@ def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int 
         columns=columns,
         out=ctypes.addressof(rounded),
     )
-    program.add(rounding, rounded, x, order, *held)
-    return rounded
+    program.held += [rounded, x, order, *held]
+    return rounded, rounding
 
 
 def with_scales_by_row(weight: QuantizedWeight) -> QuantizedWeight:
@@ -225,8 +234,16 @@ def add_matmul(
     offsets: Tensor | None = None,
     experts: Tensor | None = None,
     active: Tensor | None = None,
+    rounding: Round | None = None,
 ) -> None:
-    """Append one operation that multiplies all `matrices` by the same rows (fields: csrc/operations.h, Matmul)."""
+    """Append one operation that multiplies all `matrices` by the same rows (fields: csrc/operations.h, Matmul).
+
+    rounding: makes x. A single row every thread rounds for itself, so what it is made of must not be written by this
+    matmul; of more rows it is an operation before this one.
+    """
+    is_own = rounding is not None and rounding.rows == 1 and offsets is None
+    if rounding is not None and not is_own:
+        program.add(rounding)
     array = (Matrix * len(matrices))(*(matrix for matrix, _ in matrices))
     product = operation(
         "MATMUL",
@@ -240,8 +257,9 @@ def add_matmul(
         active=pointer(active),
         slots=0 if offsets is None else offsets.numel() - 1,
         task_tiles=_task_tiles(matrices, rows, 0 if offsets is None else offsets.numel() - 1),
+        rounding=address(rounding) if is_own else None,
     )
-    program.add(product, array, [held for _, held in matrices], x, offsets, experts, active)
+    program.add(product, array, [held for _, held in matrices], x, offsets, experts, active, rounding)
 
 
 def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:

@@ -75,7 +75,9 @@ class Matrix(ctypes.Structure):
 
 
 class Matmul(ctypes.Structure):
-    _fields_ = _fields("kind *matrices count *x floats:Rows rows *offsets *experts *active slots task_tiles", _ROWS)
+    _fields_ = _fields(
+        "kind *matrices count *x floats:Rows rows *offsets *experts *active slots task_tiles *rounding", _ROWS
+    )
 
 
 class Norm(ctypes.Structure):

@@ -7,7 +7,7 @@ caches is pointed to and not kept alive, see `decode.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,17 +18,33 @@ from ..layout.rows import Stacked, Weight
 from ..layout.rows import rows_of as matrix_rows
 from .library import CpuLibrary
 from .matmul import add_matmul, dense_matrix, lane_factor_of, parts_of, quantized_matrix
-from .operations import DTYPES, Matrix, Program, Rounded, Rows, address, operation, pointer, rounded_rows, rows_of
+from .operations import (
+    DTYPES,
+    Matrix,
+    Program,
+    Round,
+    Rounded,
+    Rows,
+    address,
+    operation,
+    pointer,
+    rounded_rows,
+    rows_of,
+)
 
 Kind = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Rows that matrices read: as floats, and rounded for each kind of matrix."""
+    """Rows that matrices read: as floats, and rounded for each kind of matrix.
+
+    roundings: those that are still to be made, with the matmul that reads them (`add_matmul`).
+    """
 
     floats: Tensor
     rounded: dict[Kind, Rounded]
+    roundings: dict[Kind, Round] = field(default_factory=dict)
 
 
 class Writer:
@@ -90,10 +106,10 @@ class Writer:
         self.program.add(norm)
         for other in others:
             if other is not None:
-                self.round(rows_of(floats), columns, other)
+                self.program.add(self.rounding(rows_of(floats), columns, other))
         return Source(floats, rounded)
 
-    def round(
+    def rounding(
         self,
         source: Rows,
         columns: int,
@@ -103,9 +119,10 @@ class Writer:
         gather: Tensor | None = None,
         order: Tensor | None = None,
         rows: int = 0,
-    ) -> None:
-        """Rows of a source (times silu(gate)) into `out`, and as floats into `y`."""
-        rounding = operation(
+    ) -> Round:
+        """Rows of a source (times silu(gate)) into `out`, and as floats into `y`: an operation, not appended yet."""
+        self.program.held += [gather, order]
+        return operation(
             "ROUND",
             source=source,
             gate=gate or Rows(),
@@ -116,7 +133,11 @@ class Writer:
             y=rows_of(y),
             out=address(out),
         )
-        self.program.add(rounding, gather, order)
+
+    def unrounded(self, floats: Tensor, rounded: dict[Kind, Rounded]) -> Source:
+        """Rows that lie in floats, to be rounded where they are read."""
+        rows, columns = rows_of(floats), floats.shape[1]
+        return Source(floats, rounded, {kind: self.rounding(rows, columns, out) for kind, out in rounded.items()})
 
     def gated(self, name: str, both: Tensor, readers: Sequence[Weight]) -> Source:
         """silu(gate) * up of [rows, 2 I], as its readers want it."""
@@ -125,10 +146,9 @@ class Writer:
         floats, rounded = self.buffer(name, inner, rows), self.rounds(name, inner, readers, rows)
         needs_floats = any(isinstance(weight, Tensor) or weight.order is not None for weight in readers)
         if needs_floats:
-            self.round(up, inner, None, gate, floats, rows=rows)
-        for out in rounded.values():
-            self.round(up, inner, out, gate, rows=rows)
-        return Source(floats, rounded)
+            self.program.add(self.rounding(up, inner, None, gate, floats, rows=rows))
+        roundings = {kind: self.rounding(up, inner, out, gate, rows=rows) for kind, out in rounded.items()}
+        return Source(floats, rounded, roundings)
 
     def linear(
         self, source: Source, pairs: Sequence[tuple[Weight, Tensor]], routing: Mapping[str, Tensor] | None = None
@@ -142,15 +162,15 @@ class Writer:
         for kind, rounded in source.rounded.items():
             alike = [matrix_of(weight, y) for weight, y in packed if weight.order is None and kind_of(weight) == kind]
             if alike:
-                add_matmul(self.program, alike, rows, rounded, **more)
+                add_matmul(self.program, alike, rows, rounded, rounding=source.roundings.get(kind), **more)
         for weight, y in packed:
             if weight.order is not None:
                 order, rounded = (
                     weight.order.to(torch.int32).contiguous(),
                     self.rounded("ordered", weight.columns, kind_of(weight), rows),
                 )
-                self.round(rows_of(source.floats), weight.columns, rounded, order=order, rows=rows)
-                add_matmul(self.program, [matrix_of(weight, y)], rows, rounded, **more)
+                rounding = self.rounding(rows_of(source.floats), weight.columns, rounded, order=order, rows=rows)
+                add_matmul(self.program, [matrix_of(weight, y)], rows, rounded, rounding=rounding, **more)
         plain = [matrix_of(weight, y) for weight, y in pairs if isinstance(weight, Tensor)]
         if plain:
             add_matmul(self.program, plain, rows, floats=rows_of(source.floats), **more)

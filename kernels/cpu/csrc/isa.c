@@ -14,11 +14,12 @@ static int64_t no_scratch(const void *op) { return (void)op, 0; }
 #define ASK(f) (void (*)(const void *, int64_t, int64_t)) f
 #define JOINS(f) (int (*)(const void *)) f
 #define JOINED(f) (void (*)(const void *, int64_t, int64_t, float *)) f
+#define PREPARE(f) (void (*)(const void *, float *)) f
 
 const Kernel qwenfit_kernels[KINDS] = {
     [ROUND] = {TASKS(round_tasks), TASK(round_task), no_scratch},
     [MATMUL] = {TASKS(matmul_tasks), TASK(matmul_task), TASKS(matmul_scratch_bytes), ASK(matmul_ask),
-                JOINS(matmul_joins), JOINED(matmul_joined)},
+                JOINS(matmul_joins), JOINED(matmul_joined), PREPARE(matmul_prepare)},
     [NORM] = {TASKS(norm_tasks), TASK(norm_task), TASKS(norm_scratch_bytes)},
     [CONV_UPDATE] = {TASKS(conv_tasks), TASK(conv_task), no_scratch},
     [CONV_PREFILL] = {TASKS(conv_tasks), TASK(conv_task), no_scratch},

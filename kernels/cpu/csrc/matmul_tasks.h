@@ -21,6 +21,34 @@ static int64_t matmul_tasks(const Matmul *op)
 {
     return (op->offsets ? (op->active ? *op->active : op->slots) : 1) * slot_tasks(op);
 }
+
+/* A thread's own rounded row, at the front of its scratch. */
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+INLINE int64_t own_row_bytes(const Matmul *op)
+{
+    if (!op->rounding) return 0;
+    const int64_t streams = op->x->blocks * op->x->planes, parts = streams * op->x->parts;
+    return streams * BLOCK * 2 + parts * 64 + whole_lines(parts * 4) + whole_lines(streams * 4);
+}
+INLINE Rounded own_row(const Matmul *op, float *scratch)
+{
+    Rounded x = *op->x;
+    const int64_t streams = x.blocks * x.planes, parts = streams * x.parts;
+    x.words = (int16_t *)scratch;
+    x.lanes = (int32_t *)(x.words + streams * BLOCK);
+    x.sums = x.lanes + parts * 16;
+    x.scales = (float *)((char *)x.sums + whole_lines(parts * 4));
+    return x;
+}
+static void matmul_prepare(const Matmul *op, float *scratch)
+{
+    if (!op->rounding) return;
+    Rounded row = own_row(op, scratch);
+    Round rounding = *op->rounding;
+    rounding.out = &row;
+    for (int64_t task = 0, count = round_tasks(&rounding); task < count; task++) round_task(&rounding, task, NULL);
+}
+
 static int64_t matmul_scratch_bytes(const Matmul *op)
 {
     int64_t gemm = 2 * 64 * 16 * 4, gemv = 0;
@@ -34,7 +62,7 @@ static int64_t matmul_scratch_bytes(const Matmul *op)
                 most = tile_scale_words(op->matrices + i);
         gemm += most * 4;
     }
-    return gemm > gemv ? gemm : gemv;
+    return own_row_bytes(op) + (gemm > gemv ? gemm : gemv);
 }
 
 /* Rows first .. first + rows - 1 of a matrix, of slot `slot` of a stack. */
@@ -61,7 +89,9 @@ static void multiply_place(const Matmul *op, Place place, float *scratch)
     int64_t expert = op->experts ? op->experts[place.slot] : place.slot;
     if (tokens == 0) return;
     if (m->bits && tokens <= GEMV_TOKENS) {
-        gemv_task(m, expert, op->x, token0, tokens, place.first, place.rows, scratch);
+        const Rounded x = op->rounding ? own_row(op, scratch) : *op->x;
+        float *rest = scratch + own_row_bytes(op) / 4;
+        gemv_task(m, expert, &x, token0, tokens, place.first, place.rows, rest);
         return;
     }
     for (int64_t row0 = place.first; row0 < place.first + place.rows; row0 += TILE_ROWS)

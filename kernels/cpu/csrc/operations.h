@@ -75,7 +75,8 @@ typedef struct {
 
 /* MATMUL: every matrix times the same rows. Quantized ones read `x`, those of floats read `floats`. For a stack, slot
  * i holds rows offsets[i] .. offsets[i + 1] - 1 of expert experts[i] (null: i); `*active` slots of `slots` are in use
- * (null: all). A task is task_tiles times 32 rows of a matrix. */
+ * (null: all). A task is task_tiles times 32 rows of a matrix. With `rounding`, whose one row `x` has the shape of, every
+ * thread rounds that row for itself, into its scratch: nobody waits for it, and no line of it goes from core to core. */
 typedef struct {
     int64_t kind;
     Matrix *matrices;
@@ -85,6 +86,7 @@ typedef struct {
     int64_t rows;
     const int32_t *offsets, *experts, *active;
     int64_t slots, task_tiles;
+    const Round *rounding;
 } Matmul;
 
 /* NORM: residual += x (if residual.data), y = rmsnorm(residual or x) * (weight + offset) [* silu(gate)], and y as

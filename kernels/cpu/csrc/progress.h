@@ -35,15 +35,25 @@ static const void *const *program;
 static int64_t program_count;
 static int members;
 
-static _Atomic(uint32_t) serial;
-static _Atomic(int64_t) position; /* in the program, of the operation that is on */
-static _Atomic(void *) current;
-static _Atomic(int64_t) tasks, lot; /* of that operation; so many tasks are taken at a time */
-static _Atomic(int64_t) done;       /* lots */
-static _Atomic(int) running, inside;
+/* What many look at lies apart from what each of them writes: between cores that share no cache a line takes six times as
+ * long (docs/cpu.md). Two lines each, for they are fetched in pairs. */
+#define APART _Alignas(128)
 
+static struct {
+    APART _Atomic(uint32_t) serial;
+    _Atomic(int) running;
+    _Atomic(int64_t) position; /* in the program */
+    _Atomic(void *) op;
+    _Atomic(int64_t) tasks, lot; /* so many tasks are taken at a time */
+} current;
+static struct {
+    APART _Atomic(int64_t) lots; /* of the operation that is on */
+} done;
+static struct {
+    APART _Atomic(int) members; /* that look at the program */
+} inside;
 typedef struct {
-    _Alignas(64) _Atomic(uint64_t) taken; /* serial number << 32 | lots from the front << 16 | from the back */
+    APART _Atomic(uint64_t) taken; /* serial number << 32 | lots from the front << 16 | from the back */
 } Share;
 static Share shares[MOST_MEMBERS];
 
@@ -72,32 +82,32 @@ static int64_t first_of_share(int64_t lots, int64_t member) { return member * lo
 /* The next operation that has tasks, or the end. */
 static void publish(void)
 {
-    const uint32_t before = atomic_load_explicit(&serial, memory_order_relaxed);
-    int64_t at = atomic_load_explicit(&position, memory_order_relaxed), count = 0;
+    const uint32_t before = atomic_load_explicit(&current.serial, memory_order_relaxed);
+    int64_t at = atomic_load_explicit(&current.position, memory_order_relaxed), count = 0;
     void *op = NULL;
-    atomic_store(&serial, before + 1);
+    atomic_store(&current.serial, before + 1);
     while (count == 0 && ++at < program_count) {
         op = (void *)program[at];
         count = kernel_of(op)->tasks(op);
     }
-    atomic_store_explicit(&position, at, memory_order_release);
-    atomic_store_explicit(&current, op, memory_order_release);
-    atomic_store_explicit(&tasks, count, memory_order_release);
-    atomic_store_explicit(&lot, lot_of(count), memory_order_release);
-    atomic_store_explicit(&done, 0, memory_order_release);
-    if (count == 0) atomic_store(&running, 0);
-    atomic_store(&serial, before + 2);
+    atomic_store_explicit(&current.position, at, memory_order_release);
+    atomic_store_explicit(&current.op, op, memory_order_release);
+    atomic_store_explicit(&current.tasks, count, memory_order_release);
+    atomic_store_explicit(&current.lot, lot_of(count), memory_order_release);
+    atomic_store_explicit(&done.lots, 0, memory_order_release);
+    if (count == 0) atomic_store(&current.running, 0);
+    atomic_store(&current.serial, before + 2);
 }
 
 /* Whether the program has anything to do; if so its first operation is on. */
 static int begin(const Kernel *table, const void *const *operations, int64_t count, int team)
 {
     kernels = table, program = operations, program_count = count, members = team;
-    atomic_store(&position, -1);
-    for (int i = 0; i < team; i++) atomic_store(&shares[i].taken, (uint64_t)atomic_load(&serial) << 32);
-    atomic_store(&running, 1);
+    atomic_store(&current.position, -1);
+    for (int i = 0; i < team; i++) atomic_store(&shares[i].taken, (uint64_t)atomic_load(&current.serial) << 32);
+    atomic_store(&current.running, 1);
     publish();
-    return atomic_load(&running);
+    return atomic_load(&current.running);
 }
 
 /* Some of a share's lots; none: count 0. */
@@ -130,7 +140,7 @@ typedef struct {
 /* Asks for a little of what the member will read of the next matrix. */
 static void ask_for_next(int64_t member, Asked *asked)
 {
-    const int64_t at = atomic_load_explicit(&position, memory_order_relaxed) + 1;
+    const int64_t at = atomic_load_explicit(&current.position, memory_order_relaxed) + 1;
     for (int64_t i = at; i < at + LOOK_AHEAD && i < program_count; i++) {
         const void *op = program[i];
         const Kernel *kernel = kernel_of(op);
@@ -146,20 +156,21 @@ static void ask_for_next(int64_t member, Asked *asked)
 static void work(int64_t member)
 {
     Asked asked = {-1, 0};
-    uint32_t spent = 1; /* the operation in which no task was left */
+    uint32_t spent = 1;    /* the operation in which no task was left */
+    uint32_t prepared = 1; /* the one that scratch is prepared for */
     int spins = 0;
-    while (atomic_load(&running)) {
-        const uint32_t now = atomic_load(&serial);
+    while (atomic_load(&current.running)) {
+        const uint32_t now = atomic_load(&current.serial);
         if (now % 2 || now == spent) {
             ask_for_next(member, &asked);
             if (++spins < SPINS_BEFORE_YIELD) pause_briefly();
             else sched_yield();
             continue;
         }
-        void *op = atomic_load_explicit(&current, memory_order_acquire);
-        const int64_t count = atomic_load_explicit(&tasks, memory_order_acquire);
-        const int64_t in_lot = atomic_load_explicit(&lot, memory_order_acquire), lots = lots_of(count, in_lot);
-        if (atomic_load(&serial) != now) continue;
+        void *op = atomic_load_explicit(&current.op, memory_order_acquire);
+        const int64_t count = atomic_load_explicit(&current.tasks, memory_order_acquire);
+        const int64_t in_lot = atomic_load_explicit(&current.lot, memory_order_acquire), lots = lots_of(count, in_lot);
+        if (atomic_load(&current.serial) != now) continue;
         const Kernel *kernel = count ? kernel_of(op) : NULL;
         const int joins = kernel && kernel->joins && kernel->joins(op);
         Taken mine = {0, 0};
@@ -172,25 +183,26 @@ static void work(int64_t member)
         spins = 0;
         const int64_t first = mine.first * in_lot, behind = (mine.first + mine.count) * in_lot;
         const int64_t end = behind < count ? behind : count;
+        if (kernel->prepare && prepared != now) kernel->prepare(op, scratch_for(op)), prepared = now;
         if (joins) kernel->joined(op, first, end - first, scratch_for(op));
         else
             for (int64_t task = first; task < end; task++) kernel->task(op, task, scratch_for(op));
-        if (atomic_fetch_add(&done, mine.count) + mine.count == lots) publish();
+        if (atomic_fetch_add(&done.lots, mine.count) + mine.count == lots) publish();
     }
 }
 
 /* Works on the program until it is done. */
 static void take_part(int member)
 {
-    atomic_fetch_add(&inside, 1);
+    atomic_fetch_add(&inside.members, 1);
     work(member % members);
-    atomic_fetch_sub(&inside, 1);
+    atomic_fetch_sub(&inside.members, 1);
 }
 
 /* Once the program is done: no thread looks at its operations any more. */
 static void await_the_others(void)
 {
-    for (int spins = 0; atomic_load(&inside); spins++)
+    for (int spins = 0; atomic_load(&inside.members); spins++)
         if (spins < SPINS_BEFORE_YIELD) pause_briefly();
         else sched_yield();
 }
@@ -198,6 +210,6 @@ static void await_the_others(void)
 /* In a forked child: nobody is at work. */
 static void forget_program(void)
 {
-    atomic_store(&running, 0);
-    atomic_store(&inside, 0);
+    atomic_store(&current.running, 0);
+    atomic_store(&inside.members, 0);
 }

@@ -3,6 +3,7 @@ buffers."""
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from qwenfit.kernels.cpu.matmul import (
     expert_matmul,
     quantized_matmul,
     quantized_matrix,
+    round_operation,
     with_scales_by_row,
 )
-from qwenfit.kernels.cpu.operations import Program
+from qwenfit.kernels.cpu.operations import KIND, Program
 from qwenfit.kernels.cpu.packed import packed_matmul, packed_path
 from qwenfit.kernels.layout.packing import QuantizedWeight, dequantize, quantize_rtn
 
@@ -273,6 +275,46 @@ def test_matrices_of_one_operation_do_not_run_into_each_other(tokens: int, colum
         for weight, y in zip(weights, outputs, strict=True):
             assert torch.equal(y, quantized_matmul(x, weight))
             y.fill_(float("nan"))
+
+
+@in_c
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [256, 1152, 4096])
+def test_a_single_row_is_rounded_by_every_thread_for_itself(dtype: Any, group_size: int, columns: int) -> None:
+    """No operation goes before the matmul then, and the bits are those of a row that was rounded once for all. Two such
+    matmuls of other rows in turn: what a thread keeps in its scratch is of the operation that is on."""
+    weights = [weight_of(rows, columns, 4, group_size, True, seed=rows) for rows in (300, 70, 1500)]
+    program, outputs, expected = Program(cpu_library()), [], []
+    for seed in (1, 2, 3):
+        x = randn(1, columns, seed=seed).to(dtype)
+        rounded, rounding = round_operation(program, x, weights[0])
+        ys = [torch.zeros(1, weight.rows, dtype=dtype) for weight in weights]
+        matrices = [quantized_matrix(*pair) for pair in zip(weights, ys, strict=True)]
+        add_matmul(program, matrices, 1, rounded, rounding=rounding)
+        before, shared = Program(cpu_library()), [torch.zeros_like(y) for y in ys]
+        matrices = [quantized_matrix(*pair) for pair in zip(weights, shared, strict=True)]
+        add_matmul(before, matrices, 1, add_round(before, x, weights[0]))
+        before.run(threads=2)
+        outputs += ys
+        expected += shared
+    assert [one.kind for one in program.operations] == [KIND["MATMUL"]] * 3
+    for threads in (1, 2, 3):
+        program.run(threads=threads)
+        for y, same in zip(outputs, expected, strict=True):
+            assert torch.equal(y, same)
+            y.fill_(float("nan"))
+
+
+@in_c
+def test_several_rows_are_rounded_once_for_all_threads() -> None:
+    weight, x = weight_of(70, 256, 4, 128, True), randn(3, 256).bfloat16()
+    y, program = torch.zeros(3, 70, dtype=torch.bfloat16), Program(cpu_library())
+    rounded, rounding = round_operation(program, x, weight)
+    add_matmul(program, [quantized_matrix(weight, y)], 3, rounded, rounding=rounding)
+    assert [one.kind for one in program.operations] == [KIND["ROUND"], KIND["MATMUL"]]
+    program.run(threads=2)
+    assert torch.equal(y, quantized_matmul(x, weight))
 
 
 @in_c
