@@ -139,15 +139,9 @@ def planes_of(dtype: torch.dtype) -> int:
     return 1 if dtype in (torch.bfloat16, torch.float16) else 2
 
 
-def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> Rounded:
-    """Append the rounding of x [R, K] for matmuls with `weight` (and others of its group size without an order)."""
-    rounded, rounding = round_operation(program, x, weight, planes)
-    program.add(rounding)
-    return rounded
-
-
 def round_operation(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> tuple[Rounded, Round]:
-    """The same, not appended: for `add_matmul`. The program holds what both point to."""
+    """Rounded rows of x [R, K], for matmuls with `weight` (and others of its group size without an order), and the
+    operation that makes them, not appended yet: for `add_matmul`. The program holds what both point to."""
     columns = x.shape[-1]
     rounded, held = rounded_rows(
         x.shape[0], columns, planes or planes_of(x.dtype), parts_of(weight), lane_factor_of(weight)

@@ -15,7 +15,6 @@ from qwenfit.kernels.cpu import matmul as module
 from qwenfit.kernels.cpu.library import available_isas, cpu_library
 from qwenfit.kernels.cpu.matmul import (
     add_matmul,
-    add_round,
     dense_linear,
     expert_matmul,
     quantized_matmul,
@@ -23,7 +22,7 @@ from qwenfit.kernels.cpu.matmul import (
     round_operation,
     with_scales_by_row,
 )
-from qwenfit.kernels.cpu.operations import KIND, Program
+from qwenfit.kernels.cpu.operations import KIND, Program, Rounded
 from qwenfit.kernels.cpu.packed import packed_matmul, packed_path
 from qwenfit.kernels.layout.packing import QuantizedWeight, dequantize, quantize_rtn
 
@@ -39,6 +38,13 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def weight_of(rows: int, columns: int, bits: int, group: int, symmetric: bool, seed: int = 0) -> QuantizedWeight:
     return quantize_rtn(randn(rows, columns, seed=seed).float(), bits, group, symmetric)
+
+
+def add_round(program: Program, x: Tensor, weight: QuantizedWeight, planes: int = 0) -> Rounded:
+    """x rounded once for all matmuls behind it, by an operation of its own."""
+    rounded, rounding = round_operation(program, x, weight, planes)
+    program.add(rounding)
+    return rounded
 
 
 def rms_error(y: Tensor, exact: Tensor) -> float:
