@@ -26,13 +26,15 @@ from torch import Tensor
 
 from .cpu.attention import attention_decode
 from .cpu.delta import gated_delta_rule_prefill, gated_delta_rule_step
+from .cpu.huge_pages import HugePages
 from .cpu.library import CpuLibrary, cpu_library
-from .cpu.matmul import dense_linear, planes_of, with_scales_by_row
+from .cpu.matmul import dense_linear, planes_of
 from .cpu.operations import Program, operation
 from .cpu.packed import packed_matmul
 from .cpu.writer import Writer, kind_of
 from .layout.kv_cache import allocate_kv_cache
 from .layout.packing import QuantizedWeight, pack_int4
+from .layout.tiles import tile
 
 LARGEST_CACHE_BYTES = 128 << 20
 PLAIN_READ = (1, 0)  # streams side by side, bytes that they ask for ahead
@@ -112,7 +114,9 @@ def matmul_run(
     """x [T, K] times each of the weights, one after the other in one program: what decode steps are written of
     (`cpu/writer.py`), without a call from Python between."""
     writer = Writer(library, x.shape[0], planes_of(x.dtype))
-    for weight in map(with_scales_by_row, weights):
+    pages = HugePages()
+    for weight in weights:
+        weight = tile(weight, pages.room)
         kind = kind_of(weight)
         source = writer.unrounded(x, {kind: writer.rounded("x", weight.columns, kind)})
         writer.linear(source, [(weight, writer.buffer("y", weight.rows))])
@@ -183,7 +187,7 @@ def _delta_cases() -> list[Case]:
 def _measure(library: CpuLibrary, case: Case, threads: int, rounds: int) -> dict[str, object]:
     count = len(case.runs) * case.copies
     total = case.bytes * count
-    memory = torch.ones(max(total, LARGEST_CACHE_BYTES), dtype=torch.uint8)
+    memory = HugePages().room(max(total, LARGEST_CACHE_BYTES)).fill_(1)  # as a model's weights lie
     sums = [_sum_of(library, memory, *pattern) for pattern in READS]
     ours: list[float] = []
     rivals: list[float] = []

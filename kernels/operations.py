@@ -24,8 +24,8 @@ class Operations:
     decode: None, or the forward pass of a decode step as one program, in place of the operations one by one:
         decode(model, tokens int64 [B S], step, buffers) -> hidden states after the final norm [B S, E]. It may keep
         what it compiles, with the addresses of weights and buffers in it, in `buffers.programs`.
-    arrange: None, or how a quantized matrix should lie in memory for these operations: the same matrix in the same
-        shapes, with other strides. Called once, when a model is put together.
+    arrange: None, or how a quantized matrix should lie in memory for these operations (`layout/tiles.py`). Called once
+        for each, when a model is put together.
     choices: which path each operation takes, and why, for people.
     """
 

@@ -20,6 +20,7 @@ Without the C library: aten's packed matmuls (`packed.py`), bfloat16 inside, or 
 
 import ctypes
 import itertools
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..layout.packing import QuantizedWeight
+from ..layout.tiles import TILE_ROWS, tile
 from .library import CpuLibrary, cpu_library
 from .operations import (
     BLOCK,
@@ -44,9 +46,9 @@ from .operations import (
 )
 from .packed import packed_expert_matmul, packed_matmul
 
-TILE_ROWS, GEMV_TOKENS = 32, 8  # as in csrc/matmul.h
-MOST_TASK_TILES, TASKS_PER_THREAD = 8, 4  # of stacks of experts
-SHORT_ROW_BYTES = 1024  # as in csrc/gemv.h
+GEMM_ROWS, GEMV_TOKENS = 32, 8  # as in csrc/matmul.h
+MOST_EXPERT_TASKS, TASKS_PER_THREAD = 8, 4  # tasks of GEMM_ROWS that become one
+_copies: dict[tuple[int, ...], tuple[list[int], QuantizedWeight]] = {}
 DENSE_ROWS = 8  # up to here a matrix of floats is read by our own gemv; above, F.linear is faster
 
 
@@ -55,7 +57,7 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     library = cpu_library()
     if x.shape[-1] != weight.columns:
         raise ValueError(f"x has {x.shape[-1]} features, the weight reads {weight.columns}: check which layer this is")
-    if weight.codes.dim() != 2:
+    if weight.stack:
         raise ValueError("a stack of experts needs expert_matmul with the rows of each expert")
     if library.path == "torch":
         return packed_matmul(x, weight, bias)
@@ -72,10 +74,8 @@ def expert_matmul(x: Tensor, weight: QuantizedWeight | Tensor, offsets: Tensor) 
         return _dense_experts(x, weight, offsets)
     if x.shape[-1] != weight.columns:
         raise ValueError(f"x has {x.shape[-1]} features, the experts read {weight.columns}: check which layer this is")
-    if offsets.numel() != weight.codes.shape[0] + 1:
-        raise ValueError(
-            f"{weight.codes.shape[0]} experts need {weight.codes.shape[0] + 1} offsets, not {offsets.numel()}"
-        )
+    if offsets.numel() != weight.stack[0] + 1:
+        raise ValueError(f"{weight.stack[0]} experts need {weight.stack[0] + 1} offsets, not {offsets.numel()}")
     if library.path == "torch":
         return packed_expert_matmul(x, weight, offsets)
     return _multiply(library, x, weight, None, offsets.to(torch.int32).contiguous())
@@ -125,11 +125,12 @@ def _multiply(
 
 
 def parts_of(weight: QuantizedWeight) -> int:
-    """How many scales a block of 128 columns of this weight has: 1, 2 or 4."""
-    return BLOCK // min(weight.group_size, BLOCK)
+    """In how many parts of one scale each a block of 128 columns of this weight is cut: 1, 2 or 4. Groups of 96 or 192
+    columns, which do not end where blocks do, need smaller parts than they are large."""
+    return next(parts for parts in (1, 2, 4) if weight.group_size % (BLOCK // parts) == 0)
 
 
-def lane_factor_of(weight: QuantizedWeight) -> int:
+def zero_factor_of(weight: QuantizedWeight) -> int:
     """What the sums of activations are multiplied by beforehand: 8 around symmetric int4 codes, 1 for zero points."""
     return 8 if weight.bits == 4 and weight.zeros is None else 1
 
@@ -144,7 +145,7 @@ def round_operation(program: Program, x: Tensor, weight: QuantizedWeight, planes
     operation that makes them, not appended yet: for `add_matmul`. The program holds what both point to."""
     columns = x.shape[-1]
     rounded, held = rounded_rows(
-        x.shape[0], columns, planes or planes_of(x.dtype), parts_of(weight), lane_factor_of(weight)
+        x.shape[0], columns, planes or planes_of(x.dtype), parts_of(weight), zero_factor_of(weight)
     )
     order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
     rounding = operation(
@@ -159,31 +160,28 @@ def round_operation(program: Program, x: Tensor, weight: QuantizedWeight, planes
     return rounded, rounding
 
 
-def with_scales_by_row(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight with the scales of a row as neighbours in memory, as the C kernels read them; zero points too.
-
-    Shapes and values stay ([..., groups, rows'], strides 1 and groups); nothing is copied where they lie so already.
-    A model's weights are arranged when they are loaded (`Operations.arrange`); others at every call.
-    """
-    scales, zeros = _by_row(weight.scales), weight.zeros
-    if zeros is not None:
-        zeros = _by_row(zeros.to(scales.dtype))
-    return weight if scales is weight.scales and zeros is weight.zeros else replace(weight, scales=scales, zeros=zeros)
-
-
-def _by_row(groups: Tensor) -> Tensor:
-    return groups if groups.mT.is_contiguous() else groups.mT.contiguous().mT
+def in_tiles(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight as the C kernels read it. A model's weights were put in tiles when they were loaded
+    (`Operations.arrange`); of another a copy in tiles is kept as long as its tensors live and are not written to."""
+    if weight.tiled:
+        return weight
+    tensors = [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]
+    key = tuple(map(id, tensors))
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    known, copy = _copies.get(key, (None, None))
+    if copy is None or known != versions:
+        if copy is None:
+            for tensor in tensors:
+                weakref.finalize(tensor, _copies.pop, key, None)
+        copy = tile(weight)
+        _copies[key] = versions, copy
+    return replace(weight, codes=copy.codes, scales=copy.scales, zeros=copy.zeros, tiled=True)
 
 
 def quantized_matrix(weight: QuantizedWeight, y: Tensor, bias: Tensor | None = None) -> tuple[Matrix, list[Any]]:
     """A weight (or a stack) with the rows that it writes, and what must stay alive."""
-    padded_rows = weight.codes.shape[-2]
-    codes, arranged = weight.codes, with_scales_by_row(weight)
-    if not codes.is_contiguous():
-        raise ValueError("the CPU kernels read codes as they are packed: call .contiguous() when loading")
-    scales, zeros = arranged.scales, arranged.zeros
-    columns = codes.shape[-1] * (4 if weight.bits == 4 else 1)
-    stacked = codes.dim() == 3
+    weight = in_tiles(weight)
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
     matrix = Matrix(
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
@@ -193,10 +191,10 @@ def quantized_matrix(weight: QuantizedWeight, y: Tensor, bias: Tensor | None = N
         scale_dtype=DTYPES[scales.dtype],
         group_size=weight.group_size,
         rows=weight.rows,
-        padded_rows=padded_rows,
-        columns=columns,
-        expert_code_bytes=codes.stride(0) * codes.element_size() if stacked else 0,
-        expert_scales=scales[0].numel() if stacked else 0,
+        padded_rows=weight.padded_rows,
+        columns=weight.padded_columns,
+        expert_code_bytes=codes.stride(0) * codes.element_size() if weight.stack else 0,
+        expert_scales=scales.stride(0) if weight.stack else 0,
         y=rows_of(y),
     )
     return matrix, [codes, scales, zeros, bias, y]
@@ -250,18 +248,17 @@ def add_matmul(
         experts=pointer(experts),
         active=pointer(active),
         slots=0 if offsets is None else offsets.numel() - 1,
-        task_tiles=_task_tiles(matrices, rows, 0 if offsets is None else offsets.numel() - 1),
+        task_rows=_task_rows(matrices, rows, 0 if offsets is None else offsets.numel() - 1),
         rounding=address(rounding) if is_own else None,
     )
     program.add(product, array, [held for _, held in matrices], x, offsets, experts, active, rounding)
 
 
-def _task_tiles(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
-    """Tiles of 32 rows in a task. One, for threads take many tasks of a matrix as one (csrc/progress.h), and two where
-    rows are so short that 64 are read side by side; of a stack's experts a task is all that is taken: few begin seldom
-    (`find_times` in csrc/gemv.h), and every thread wants some."""
+def _task_rows(matrices: list[tuple[Matrix, list[Any]]], rows: int, slots: int) -> int:
+    """Rows of a matrix in a task. For few tokens one tile, for threads take many tasks of a matrix as one
+    (csrc/progress.h); for many the two that csrc/gemm.h unpacks at once. Of a stack's experts a task is all that is
+    taken: few begin seldom, and every thread wants some."""
     if not slots:
-        bytes_per_row = min(matrix.columns * matrix.bits // 8 for matrix, _ in matrices)
-        return 2 if rows == 1 and 0 < bytes_per_row <= SHORT_ROW_BYTES else 1
-    tiles = sum(-(-matrix.rows // TILE_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))
-    return max(1, min(MOST_TASK_TILES, tiles // (TASKS_PER_THREAD * torch.get_num_threads())))
+        return TILE_ROWS if rows <= GEMV_TOKENS else GEMM_ROWS
+    tasks = sum(-(-matrix.rows // GEMM_ROWS) for matrix, _ in matrices) * max(1, min(slots, rows))
+    return GEMM_ROWS * max(1, min(MOST_EXPERT_TASKS, tasks // (TASKS_PER_THREAD * torch.get_num_threads())))

@@ -59,7 +59,7 @@ _ROWS = {"Rows": Rows}
 
 
 class Rounded(ctypes.Structure):
-    _fields_ = _fields("*words *scales *lanes *sums blocks rows planes parts lane_factor")
+    _fields_ = _fields("*words *scales *sums blocks rows planes parts zero_factor")
 
 
 class Round(ctypes.Structure):
@@ -76,7 +76,7 @@ class Matrix(ctypes.Structure):
 
 class Matmul(ctypes.Structure):
     _fields_ = _fields(
-        "kind *matrices count *x floats:Rows rows *offsets *experts *active slots task_tiles *rounding", _ROWS
+        "kind *matrices count *x floats:Rows rows *offsets *experts *active slots task_rows *rounding", _ROWS
     )
 
 
@@ -200,16 +200,15 @@ def slots_of(state: Tensor) -> Rows:
     return Rows(state.data_ptr(), DTYPES[state.dtype], state.stride(0))
 
 
-def rounded_rows(rows: int, columns: int, planes: int, parts: int, lane_factor: int) -> tuple[Rounded, list[Tensor]]:
+def rounded_rows(rows: int, columns: int, planes: int, parts: int, zero_factor: int) -> tuple[Rounded, list[Tensor]]:
     """Room for `rows` rows of activations as int16 planes (csrc/activations.h), and the tensors that hold it."""
     blocks = -(-columns // BLOCK)
     streams = rows * planes
     words = torch.empty(blocks * streams * BLOCK, dtype=torch.int16)
     scales = torch.empty(blocks * streams, dtype=torch.float32)
-    lanes = torch.empty(blocks * streams * parts * 16, dtype=torch.int32)
     sums = torch.empty(blocks * parts * streams, dtype=torch.int32)
-    held = [words, scales, lanes, sums]
-    return Rounded(*(tensor.data_ptr() for tensor in held), blocks, rows, planes, parts, lane_factor), held
+    held = [words, scales, sums]
+    return Rounded(*(tensor.data_ptr() for tensor in held), blocks, rows, planes, parts, zero_factor), held
 
 
 class Program:

@@ -1,14 +1,18 @@
 """All operations of the CPU path as one value, with the reason of each choice."""
 
+from functools import partial
+
 from torch import Tensor
 
 from ..layout.packing import QuantizedWeight
+from ..layout.tiles import tile
 from ..operations import Operations
 from .attention import attention_decode, attention_prefill, store_kv
 from .decode import decode
 from .delta import gated_delta_rule_prefill, gated_delta_rule_step
+from .huge_pages import HugePages
 from .library import cpu_library
-from .matmul import dense_linear, expert_matmul, quantized_matmul, with_scales_by_row
+from .matmul import dense_linear, expert_matmul, quantized_matmul
 from .norm import add_rms_norm, causal_conv1d_prefill, causal_conv1d_update, gated_rms_norm, rms_norm, rope
 
 
@@ -43,6 +47,6 @@ def cpu_path() -> Operations:
         attention_prefill=attention_prefill,
         attention_decode=attention_decode,
         decode=decode if in_c else None,
-        arrange=with_scales_by_row if in_c else None,
+        arrange=partial(tile, room=HugePages().room) if in_c else None,
         choices=choices,
     )

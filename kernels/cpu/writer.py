@@ -17,7 +17,7 @@ from ..layout.packing import QuantizedWeight
 from ..layout.rows import Stacked, Weight
 from ..layout.rows import rows_of as matrix_rows
 from .library import CpuLibrary
-from .matmul import add_matmul, dense_matrix, lane_factor_of, parts_of, quantized_matrix
+from .matmul import add_matmul, dense_matrix, parts_of, quantized_matrix, zero_factor_of
 from .operations import (
     DTYPES,
     Matrix,
@@ -178,7 +178,7 @@ class Writer:
 
 def kind_of(weight: QuantizedWeight) -> Kind:
     """What rounded rows must be for this weight."""
-    return parts_of(weight), lane_factor_of(weight)
+    return parts_of(weight), zero_factor_of(weight)
 
 
 def side_by_side(weights: Stacked, y: Tensor) -> list[tuple[Weight, Tensor]]:

@@ -14,8 +14,7 @@ a block is 64 bytes, one cache line and one AVX-512 register. int8: codes as sig
 
 Scales and zero points are [groups, rows] in the dtype of the checkpoint, and a zero point is the integer it stands for.
 W[n, k] = scales[g, n] * (code[n, k] - zeros[g, n]), g = k // group_size. Neighbouring rows are neighbours in memory, as
-a GPU's threads want them; a model on the CPU has a row's groups as neighbours, so that they follow one another as its
-codes do (`cpu/matmul.py`, `with_scales_by_row`).
+a GPU's threads want them. A model on the CPU has the same words and bytes in tiles of 16 rows (`tiles.py`).
 
 Files hold unsigned codes 0..2^bits-1, and so do the functions here that fill a weight and read it back; the runtime
 keeps int8 codes and their zero points minus 128. Conversions, all lossless both ways: `gptq_layout.py`,
@@ -27,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .tiles import untile
 
 BLOCK_COLUMNS = 128
 BLOCK_WORDS = 32
@@ -46,6 +47,7 @@ class QuantizedWeight:
     zeros: None where symmetric (int4 codes stand around 8, int8 codes around 0), else as scales, whole numbers.
     group_size: columns per scale, a multiple of 32; `columns'` where there is one scale per row ("channel").
     order: None, or int32 [columns]: column k of the codes belongs to input feature order[k] (GPTQ act-order).
+    tiled: codes, scales and zeros lie as `tiles.py` says, in the shapes that it says.
 
     Padding rows, and groups of nothing but padding, have scale 0. Padding columns of a group that also has real ones
     hold the code 8 (int4) or 0 (int8): x has no elements there, and whoever reads them takes x as 0.
@@ -59,6 +61,22 @@ class QuantizedWeight:
     rows: int
     columns: int
     order: Tensor | None = None
+    tiled: bool = False
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """(experts,) of a stack, () of one matrix."""
+        return tuple(self.scales.shape[: -3 if self.tiled else -2])
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that are stored: rounded up to 16."""
+        return _up(self.rows, ROW_PAD)
+
+    @property
+    def padded_columns(self) -> int:
+        """Columns that are stored: rounded up to 128."""
+        return _up(self.columns, BLOCK_COLUMNS)
 
     @property
     def bytes(self) -> int:
@@ -103,6 +121,7 @@ def unpack_int4(words: Tensor) -> Tensor:
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float64) -> Tensor:
     """The matrix [..., rows, columns] that the codes stand for, input features in their own order, in `dtype`."""
+    weight = untile(weight)
     codes = unpack_int4(weight.codes) if weight.bits == 4 else weight.codes
     group = torch.arange(codes.shape[-1], device=codes.device) // weight.group_size
     scales = weight.scales.to(dtype).transpose(-1, -2)[..., group]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..layout.packing import QuantizedWeight, dequantize
 from ..layout.rows import Weight
+from ..layout.tiles import gather_rows
 from ..operations import Operations
 from ..reference.attention import rope_tables
 from .configuration import Configuration
@@ -148,12 +149,7 @@ def embed(model: Model, tokens: Tensor) -> Tensor:
     """Tokens int64 [T] -> [T, E] in the model's dtype. Of a quantized embedding only these rows are unpacked."""
     table = model.embedding
     if isinstance(table, QuantizedWeight):
-        zeros = None if table.zeros is None else table.zeros[:, tokens]
-        fields = (table.bits, table.group_size, tokens.shape[0], table.columns, table.order)
-        # Torch indexes int16 on every device, uint16 on the CPU only.
-        codes = table.codes.view(torch.int16)[tokens].view(torch.uint16) if table.bits == 4 else table.codes[tokens]
-        rows = QuantizedWeight(codes, table.scales[:, tokens], zeros, *fields)
-        return dequantize(rows, torch.float32).to(model.dtype)
+        return dequantize(gather_rows(table, tokens), torch.float32).to(model.dtype)
     return F.embedding(tokens, table).to(model.dtype)
 
 

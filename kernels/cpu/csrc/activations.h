@@ -7,62 +7,85 @@
 #include "elementary.h"
 
 #define WORD_MAX 32767.0f
-/* What int4 codes with a scale per 32 columns are multiplied by in a product (CODES_STAY in gemv.h), by part; a
- * register full. */
-static const int32_t CODE_STEPS[16] = {1, 16, 256, 1, 1, 16, 256, 1, 1, 16, 256, 1, 1, 16, 256, 1};
 
-/* One block of one row: its 128 columns. */
-INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
+/* What a word of the first plane stands for, and one over it; 0 for a block below 2^-86, whose columns all count as zero.
+ * Not a number as soon as one of the columns is infinite or none: their bits are larger than those of any number. */
+typedef struct {
+    float scale, inverse;
+} Steps;
+INLINE Steps steps_of(const v16f *columns)
 {
-    int64_t streams = out->rows * out->planes;
-    const int codes_stay = out->lane_factor != 1 && out->parts == 4;
-    v16f largest = f_zero(), trap = f_zero();
-    for (int i = 0; i < 8; i++) {
-        largest = f_max(largest, f_abs(columns[i]));
-        trap = f_fma(columns[i], f_zero(), trap); /* not a number as soon as one of them is infinite or none */
+    v16i largest = i_zero();
+    for (int i = 0; i < 8; i++) largest = i_max(largest, i_bits(f_abs(columns[i])));
+    const uint32_t exponent = (uint32_t)i_reduce_max(largest) >> 23;
+    if (exponent == 255) return (Steps){NAN, 0};
+    if (exponent <= 40) return (Steps){0, 0};
+    const uint32_t power = (exponent - 14) << 23, reciprocal = (254 + 14 - exponent) << 23;
+    Steps steps;
+    memcpy(&steps.scale, &power, 4), memcpy(&steps.inverse, &reciprocal, 4);
+    return steps;
+}
+
+INLINE void store_sums(const Rounded *out, int64_t block, int64_t stream, int64_t streams, const v16i *pairs)
+{
+    const int per_part = 4 / (int)out->parts;
+    v16i lanes = i_zero();
+    for (int quarter = 0; quarter < 4; quarter++) {
+        w_dot(&lanes, pairs[quarter], i_set1(0x00010001));
+        if ((quarter + 1) % per_part) continue;
+        out->sums[(block * out->parts + quarter / per_part) * streams + stream] =
+            (int32_t)-out->zero_factor * i_sum(lanes);
+        lanes = i_zero();
     }
-    float amax = f_reduce_max(largest), poison = f_sum(trap), scale = 0, inverse = 0;
-    uint32_t exponent;
-    memcpy(&exponent, &amax, 4);
-    exponent = exponent >> 23 & 255;
-    if (exponent > 40 && exponent < 255) { /* below 2^-86 all count as zero */
-        const uint32_t power = (exponent - 14) << 23, reciprocal = (254 + 14 - exponent) << 23;
-        memcpy(&scale, &power, 4), memcpy(&inverse, &reciprocal, 4);
+}
+
+/* One block of one row, its 128 columns, in one plane: what is above WORD_MAX by rounding is brought back as it is
+ * stored. */
+INLINE void round_once(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
+{
+    const Steps steps = steps_of(columns);
+    v16i pairs[4]; /* not read back from memory: a load across two stores would wait for both */
+    for (int i = 0; i < 4; i++) {
+        v16i word[2];
+        for (int k = 0; k < 2; k++) word[k] = i_from_f(f_mul(columns[2 * i + k], f_set1(steps.inverse)));
+        pairs[i] = w_pair(word[0], word[1]);
+        i_store(out->words + (block * out->rows + row) * BLOCK + 32 * i, pairs[i]);
     }
+    out->scales[block * out->rows + row] = steps.scale;
+    store_sums(out, block, row, out->rows, pairs);
+}
+
+/* The same in two planes: the second takes what the first left. */
+INLINE void round_twice(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
+{
+    const int64_t streams = 2 * out->rows;
+    Steps steps = steps_of(columns);
     v16f rest[8];
     for (int i = 0; i < 8; i++) rest[i] = columns[i];
-    for (int64_t plane = 0; plane < out->planes; plane++) {
-        int64_t stream = row * out->planes + plane;
-        int16_t *words = out->words + (block * streams + stream) * BLOCK;
-        v16i pairs[4]; /* not read back from memory: a load across two stores would wait for both */
+    for (int64_t stream = 2 * row; stream < 2 * row + 2; stream++) {
+        v16i pairs[4];
         for (int i = 0; i < 4; i++) {
             v16i word[2];
             for (int k = 0; k < 2; k++) {
                 v16f *x = rest + 2 * i + k;
-                word[k] = i_from_f(f_max(f_min(f_mul(*x, f_set1(inverse)), f_set1(WORD_MAX)), f_set1(-WORD_MAX)));
-                *x = f_fma(f_from_i(word[k]), f_set1(-scale), *x);
+                const v16f bounded = f_min(f_mul(*x, f_set1(steps.inverse)), f_set1(WORD_MAX));
+                word[k] = i_from_f(f_max(bounded, f_set1(-WORD_MAX)));
+                *x = f_fma(f_from_i(word[k]), f_set1(-steps.scale), *x);
             }
             pairs[i] = w_pair(word[0], word[1]);
-            i_store(words + 32 * i, pairs[i]);
+            i_store(out->words + (block * streams + stream) * BLOCK + 32 * i, pairs[i]);
         }
-        out->scales[block * streams + stream] = scale + poison;
-        const v16i ones = i_set1(0x00010001), minus = i_set1((int32_t)-out->lane_factor);
-        v16i lanes = i_zero();
-        for (int nibble = 0; nibble < 4; nibble++) {
-            lanes = w_dot(lanes, pairs[nibble], ones);
-            int per_part = 4 / (int)out->parts;
-            if ((nibble + 1) % per_part == 0) {
-                int64_t part = nibble / per_part;
-                lanes = i_mul(lanes, minus);
-                i_store(out->lanes + ((block * streams + stream) * out->parts + part) * 16,
-                        codes_stay ? i_mul(lanes, i_set1(CODE_STEPS[part])) : lanes);
-                out->sums[(block * out->parts + part) * streams + stream] = i_sum(lanes);
-                lanes = i_zero();
-            }
-        }
-        inverse *= 32768.0f;
-        scale *= 1 / 32768.0f;
+        out->scales[block * streams + stream] = steps.scale;
+        store_sums(out, block, stream, streams, pairs);
+        steps.inverse *= 32768.0f;
+        steps.scale *= 1 / 32768.0f;
     }
+}
+
+INLINE void round_block(const Rounded *out, int64_t block, int64_t row, const v16f *columns)
+{
+    if (out->planes == 1) round_once(out, block, row, columns);
+    else round_twice(out, block, row, columns);
 }
 
 /* A task is ROUND_TASK_BLOCKS blocks of one row. */
@@ -88,18 +111,31 @@ static v16f round_source(const Round *op, int64_t row, int64_t i)
     return f_mul(op->gate_is_sigmoid ? f_sigmoid(gate) : f_silu(gate), x);
 }
 
+/* A block of a row as it is, none of it behind the last column. */
+INLINE void read_block(const Rows *source, int64_t row, int64_t block, v16f *x)
+{
+    const int64_t at = row * source->stride + block * BLOCK;
+    if (source->dtype == BFLOAT16) /* the most frequent: no question asked for each register */
+        for (int i = 0; i < 8; i++) x[i] = bf16_load((const uint16_t *)source->data + at + 16 * i);
+    else
+        for (int i = 0; i < 8; i++) x[i] = load_at(source->data, source->dtype, at + 16 * i);
+}
+
 static void round_task(const Round *op, int64_t task, float *scratch)
 {
     (void)scratch;
     const int64_t row = task / round_chunks(op), first = task % round_chunks(op) * ROUND_TASK_BLOCKS;
     const int64_t source = op->gather ? op->gather[row] : row, blocks = (op->columns + BLOCK - 1) / BLOCK;
+    const int is_plain = !op->order && !op->gate.data && !op->y.data;
     for (int64_t block = first; block < first + ROUND_TASK_BLOCKS && block < blocks; block++) {
         v16f x[8];
-        for (int i = 0; i < 8; i++) {
-            int64_t column = block * BLOCK + 16 * i;
-            x[i] = column < op->columns ? round_source(op, source, column) : f_zero();
-            if (op->y.data && column < op->columns) row_store(&op->y, row, column, op->columns, x[i]);
-        }
+        if (is_plain && (block + 1) * BLOCK <= op->columns) read_block(&op->source, source, block, x);
+        else
+            for (int i = 0; i < 8; i++) {
+                const int64_t column = block * BLOCK + 16 * i;
+                x[i] = column < op->columns ? round_source(op, source, column) : f_zero();
+                if (op->y.data && column < op->columns) row_store(&op->y, row, column, op->columns, x[i]);
+            }
         if (op->out) round_block(op->out, block, row, x);
     }
 }

@@ -10,8 +10,8 @@
 #define DENSE_STREAMS 4
 #define DENSE_AHEAD_BYTES (AHEAD_CACHE == 2 ? 8192 : 1024) /* one stream; to be in L2 it must be asked for early */
 
-INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first,
-                       int64_t row, v16f *sums)
+INLINE void dense_row(int64_t dtype, int group, const Matrix *m, const char *codes, const Rows *x, int64_t first,
+                      int64_t row, v16f *sums)
 {
     v16f y[DENSE_STREAMS][4];
     const char *w = codes + row * m->columns * element_bytes(dtype);
@@ -40,17 +40,19 @@ INLINE void dense_rows(int64_t dtype, int group, const Matrix *m, const char *co
 
 #define DENSE_CASE(dtype, group) \
     case dtype * 10 + group: \
-        for (int64_t r = 0; r < rows; r++) dense_rows(dtype, group, m, codes, x, token, row0 + r, sums + r); \
+        for (int64_t r = 0; r < rows; r++) dense_row(dtype, group, m, codes, x, token, row0 + r, sums + r); \
         break
 #define DENSE_CASES(dtype) \
     DENSE_CASE(dtype, 1); \
     DENSE_CASE(dtype, 2); \
     DENSE_CASE(dtype, 4)
 
-static void dense_tile(const Matrix *m, int64_t expert, const Rows *x, int64_t token0, int64_t tokens, int64_t row0)
+/* Up to GEMM_ROWS rows from `row0` on, and none from `end` on. */
+static void dense_rows(const Matrix *m, int64_t expert, const Rows *x, int64_t token0, int64_t tokens, int64_t row0,
+                       int64_t end)
 {
     const char *codes = (const char *)m->codes + expert * m->expert_code_bytes;
-    int64_t last = row0 + TILE_ROWS < m->rows ? row0 + TILE_ROWS : m->rows;
+    const int64_t tile = row0 + GEMM_ROWS < end ? row0 + GEMM_ROWS : end, last = tile < m->rows ? tile : m->rows;
     for (; row0 < last; row0 += 16) {
         int64_t rows = last - row0 < 16 ? last - row0 : 16;
         for (int64_t token = token0; token < token0 + tokens;) {

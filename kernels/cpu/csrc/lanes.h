@@ -5,11 +5,10 @@
  * result does not depend on the instruction set. Compile with -ffp-contract=off: only the fusions written here happen.
  *
  *   v16f, v16i     16 floats, 16 int32 (or 32 int16: `w_...`)
- *   w_dot(c, a, b) lane l: c[l] + a[2 l] * b[2 l] + a[2 l + 1] * b[2 l + 1], int16 factors, int32 sums (exact)
+ *   w_dot(&c, a, b) lane l: c[l] += a[2 l] * b[2 l] + a[2 l + 1] * b[2 l + 1], int16 factors, int32 sums (exact)
  *   i_keep         the same value, which the compiler cannot read again from where it came
  *   f_sum          ((l, l + 8), (l, l + 4), (l, l + 2), (l, l + 1)): the tree of every sum over lanes
  *   f_sum16        16 such sums at once, lane v the sum of vector v
- *   transpose16    lane l of vector v <-> lane v of vector l
  */
 #pragma once
 #include <math.h>

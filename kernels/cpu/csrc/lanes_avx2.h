@@ -12,8 +12,7 @@ typedef struct {
 /* Registers: 12 sums of 6 tokens x 16 rows, 2 of weights, 1 of the broadcast token, 1 spare: all sixteen. */
 #define GEMM_TOKENS 6
 #define GEMM_VECTORS 1
-#define GEMV_RUNS 2
-#define GEMV_RUNS_OF_FOUR 1
+#define GEMV_GROUP 1
 
 #define F2(f, x, y) \
     (v16f) { f((x).a, (y).a), f((x).b, (y).b) }
@@ -56,20 +55,19 @@ INLINE void i_store(void *p, v16i x)
 INLINE v16i i_add(v16i x, v16i y) { return I2(_mm256_add_epi32, x, y); }
 INLINE v16i i_sub(v16i x, v16i y) { return I2(_mm256_sub_epi32, x, y); }
 INLINE v16i i_mul(v16i x, v16i y) { return I2(_mm256_mullo_epi32, x, y); }
+INLINE v16i i_max(v16i x, v16i y) { return I2(_mm256_max_epi32, x, y); }
 INLINE v16i i_and(v16i x, v16i y) { return I2(_mm256_and_si256, x, y); }
 INLINE v16i i_from_f(v16f x) { return (v16i){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 INLINE v16i i_bits(v16f x) { return (v16i){_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 #define i_sll(x, n) ((v16i){_mm256_slli_epi32((x).a, n), _mm256_slli_epi32((x).b, n)})
 #define i_srl(x, n) ((v16i){_mm256_srli_epi32((x).a, n), _mm256_srli_epi32((x).b, n)})
+#define i_sra(x, n) ((v16i){_mm256_srai_epi32((x).a, n), _mm256_srai_epi32((x).b, n)})
+#define w_sll(x, n) ((v16i){_mm256_slli_epi16((x).a, n), _mm256_slli_epi16((x).b, n)})
 #define w_srl(x, n) ((v16i){_mm256_srli_epi16((x).a, n), _mm256_srli_epi16((x).b, n)})
+#define w_sra(x, n) ((v16i){_mm256_srai_epi16((x).a, n), _mm256_srai_epi16((x).b, n)})
 
-INLINE v16i w_dot(v16i c, v16i x, v16i y) { return i_add(c, I2(_mm256_madd_epi16, x, y)); }
+INLINE void w_dot(v16i *c, v16i x, v16i y) { *c = i_add(*c, I2(_mm256_madd_epi16, x, y)); }
 
-INLINE v16i w_load_bytes(const int8_t *p)
-{
-    return (v16i){_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)),
-                  _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1))};
-}
 INLINE v16i w_pair(v16i x, v16i y)
 {
     return (v16i){_mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8),
@@ -134,6 +132,13 @@ INLINE int32_t i_sum(v16i x)
     c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xB1)));
 }
+INLINE int32_t i_reduce_max(v16i x)
+{
+    __m256i b = _mm256_max_epi32(x.a, x.b);
+    __m128i c = _mm_max_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    c = _mm_max_epi32(c, _mm_shuffle_epi32(c, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xB1)));
+}
 INLINE float f_reduce_max(v16f x)
 {
     __m256 b = _mm256_max_ps(x.a, x.b);
@@ -158,34 +163,3 @@ INLINE __m256 sum8(const v16f *x)
     return _mm256_permute_ps(d, 0xD8); /* lanes 0, 2, 1, 3 of each half back into order */
 }
 INLINE v16f f_sum16(const v16f *x) { return (v16f){sum8(x), sum8(x + 8)}; }
-
-INLINE void transpose8(const __m256i *t, __m256i *out)
-{
-    __m256i a[8], b[8];
-    for (int k = 0; k < 4; k++) {
-        a[2 * k] = _mm256_unpacklo_epi32(t[2 * k], t[2 * k + 1]);
-        a[2 * k + 1] = _mm256_unpackhi_epi32(t[2 * k], t[2 * k + 1]);
-    }
-    for (int k = 0; k < 2; k++) {
-        b[4 * k] = _mm256_unpacklo_epi64(a[4 * k], a[4 * k + 2]);
-        b[4 * k + 1] = _mm256_unpackhi_epi64(a[4 * k], a[4 * k + 2]);
-        b[4 * k + 2] = _mm256_unpacklo_epi64(a[4 * k + 1], a[4 * k + 3]);
-        b[4 * k + 3] = _mm256_unpackhi_epi64(a[4 * k + 1], a[4 * k + 3]);
-    }
-    for (int k = 0; k < 4; k++) {
-        out[k] = _mm256_permute2x128_si256(b[k], b[4 + k], 0x20);
-        out[4 + k] = _mm256_permute2x128_si256(b[k], b[4 + k], 0x31);
-    }
-}
-INLINE void transpose16(v16i *t)
-{
-    __m256i in[8], out[4][8];
-    for (int q = 0; q < 4; q++) { /* quarter q: rows 8 (q / 2) .., columns 8 (q % 2) .. */
-        for (int k = 0; k < 8; k++) in[k] = q % 2 ? t[8 * (q / 2) + k].b : t[8 * (q / 2) + k].a;
-        transpose8(in, out[q]);
-    }
-    for (int k = 0; k < 8; k++) {
-        t[k] = (v16i){out[0][k], out[2][k]};
-        t[8 + k] = (v16i){out[1][k], out[3][k]};
-    }
-}

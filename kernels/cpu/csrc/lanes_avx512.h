@@ -8,8 +8,7 @@ typedef __m512i v16i;
 /* Registers: 24 sums of 12 tokens x 32 rows, 2 of weights, the rest for the broadcast token. */
 #define GEMM_TOKENS 12
 #define GEMM_VECTORS 2
-#define GEMV_RUNS 4
-#define GEMV_RUNS_OF_FOUR 2
+#define GEMV_GROUP 4
 
 INLINE v16f f_zero(void) { return _mm512_setzero_ps(); }
 INLINE v16f f_set1(float a) { return _mm512_set1_ps(a); }
@@ -38,26 +37,29 @@ INLINE void i_store(void *p, v16i a) { _mm512_storeu_si512(p, a); }
 INLINE v16i i_add(v16i a, v16i b) { return _mm512_add_epi32(a, b); }
 INLINE v16i i_sub(v16i a, v16i b) { return _mm512_sub_epi32(a, b); }
 INLINE v16i i_mul(v16i a, v16i b) { return _mm512_mullo_epi32(a, b); }
+INLINE v16i i_max(v16i a, v16i b) { return _mm512_max_epi32(a, b); }
 INLINE v16i i_and(v16i a, v16i b) { return _mm512_and_si512(a, b); }
 INLINE v16i i_from_f(v16f a) { return _mm512_cvtps_epi32(a); }
 INLINE v16i i_bits(v16f a) { return _mm512_castps_si512(a); }
 #define i_sll(a, n) _mm512_slli_epi32(a, n)
 #define i_srl(a, n) _mm512_srli_epi32(a, n)
+#define i_sra(a, n) _mm512_srai_epi32(a, n)
+#define w_sll(a, n) _mm512_slli_epi16(a, n)
 #define w_srl(a, n) _mm512_srli_epi16(a, n)
+#define w_sra(a, n) _mm512_srai_epi16(a, n)
 
-INLINE v16i w_dot(v16i c, v16i a, v16i b)
+INLINE void w_dot(v16i *c, v16i a, v16i b)
 {
 #ifdef __AVX512VNNI__
-    /* Not the intrinsic: GCC 12 copies its accumulator before and after, and spills half of a tile's. */
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
-    return c;
+    /* Not the intrinsic, and in place: GCC 12 copies the accumulator before and after otherwise, and spills half of a
+     * tile's. */
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(*c) : "v"(a), "v"(b));
 #else
-    return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
+    *c = _mm512_add_epi32(*c, _mm512_madd_epi16(a, b));
 #endif
 }
 
-/* 32 signed bytes -> 32 int16, and twice 16 int32 of int16 range -> 32 int16. */
-INLINE v16i w_load_bytes(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+/* Twice 16 int32 -> 32 int16, those outside their range the nearest one. */
 INLINE v16i w_pair(v16i a, v16i b)
 {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi32_epi16(a)), _mm512_cvtsepi32_epi16(b), 1);
@@ -88,6 +90,7 @@ INLINE float f_sum(v16f a)
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 INLINE int32_t i_sum(v16i a) { return _mm512_reduce_add_epi32(a); }
+INLINE int32_t i_reduce_max(v16i a) { return _mm512_reduce_max_epi32(a); }
 INLINE float f_reduce_max(v16f a) { return _mm512_reduce_max_ps(a); }
 
 INLINE v16f f_sum16(const v16f *a)
@@ -105,27 +108,4 @@ INLINE v16f f_sum16(const v16f *a)
     /* The folds left vector 0, 2, 1, 3 (+ 0, 8, 4, 12 by quarter) in lanes 0, 1, 2, 3 of each quarter. */
     const v16i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     return _mm512_permutexvar_ps(order, e);
-}
-
-INLINE void transpose16(v16i *t)
-{
-    v16i a[16], b[16];
-    for (int k = 0; k < 8; k++) {
-        a[2 * k] = _mm512_unpacklo_epi32(t[2 * k], t[2 * k + 1]);
-        a[2 * k + 1] = _mm512_unpackhi_epi32(t[2 * k], t[2 * k + 1]);
-    }
-    for (int k = 0; k < 4; k++) {
-        b[4 * k] = _mm512_unpacklo_epi64(a[4 * k], a[4 * k + 2]);
-        b[4 * k + 1] = _mm512_unpackhi_epi64(a[4 * k], a[4 * k + 2]);
-        b[4 * k + 2] = _mm512_unpacklo_epi64(a[4 * k + 1], a[4 * k + 3]);
-        b[4 * k + 3] = _mm512_unpackhi_epi64(a[4 * k + 1], a[4 * k + 3]);
-    }
-    for (int k = 0; k < 4; k++) { /* b[4 r + k], quarter q: rows 4 r .. 4 r + 3 of column 4 q + k */
-        v16i low = _mm512_shuffle_i32x4(b[k], b[4 + k], 0x88), high = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0x88);
-        t[k] = _mm512_shuffle_i32x4(low, high, 0x88);
-        t[8 + k] = _mm512_shuffle_i32x4(low, high, 0xDD);
-        low = _mm512_shuffle_i32x4(b[k], b[4 + k], 0xDD), high = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0xDD);
-        t[4 + k] = _mm512_shuffle_i32x4(low, high, 0x88);
-        t[12 + k] = _mm512_shuffle_i32x4(low, high, 0xDD);
-    }
 }

@@ -12,8 +12,7 @@ typedef struct {
 /* Registers: 16 sums of 4 tokens x 16 rows, 4 of weights, the rest for tokens and halves. */
 #define GEMM_TOKENS 4
 #define GEMM_VECTORS 1
-#define GEMV_RUNS 2
-#define GEMV_RUNS_OF_FOUR 1
+#define GEMV_GROUP 1
 
 #define EACH(type, expression) \
     type r; \
@@ -53,6 +52,7 @@ INLINE void i_store(void *p, v16i x)
 INLINE v16i i_add(v16i x, v16i y) { EACH(v16i, vaddq_s32(x.v[k], y.v[k])); }
 INLINE v16i i_sub(v16i x, v16i y) { EACH(v16i, vsubq_s32(x.v[k], y.v[k])); }
 INLINE v16i i_mul(v16i x, v16i y) { EACH(v16i, vmulq_s32(x.v[k], y.v[k])); }
+INLINE v16i i_max(v16i x, v16i y) { EACH(v16i, vmaxq_s32(x.v[k], y.v[k])); }
 INLINE v16i i_and(v16i x, v16i y) { EACH(v16i, vandq_s32(x.v[k], y.v[k])); }
 INLINE v16i i_from_f(v16f x) { EACH(v16i, vcvtnq_s32_f32(x.v[k])); }
 INLINE v16i i_bits(v16f x) { EACH(v16i, vreinterpretq_s32_f32(x.v[k])); }
@@ -61,22 +61,29 @@ INLINE v16i i_srl(v16i x, int n)
 {
     EACH(v16i, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.v[k]), vdupq_n_s32(-n))));
 }
+INLINE v16i i_sra(v16i x, int n) { EACH(v16i, vshlq_s32(x.v[k], vdupq_n_s32(-n))); }
+INLINE v16i w_sll(v16i x, int n)
+{
+    EACH(v16i, vreinterpretq_s32_s16(vshlq_s16(vreinterpretq_s16_s32(x.v[k]), vdupq_n_s16((int16_t)n))));
+}
+INLINE v16i w_sra(v16i x, int n)
+{
+    EACH(v16i, vreinterpretq_s32_s16(vshlq_s16(vreinterpretq_s16_s32(x.v[k]), vdupq_n_s16((int16_t)-n))));
+}
 INLINE v16i w_srl(v16i x, int n)
 {
     EACH(v16i, vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(x.v[k]), vdupq_n_s16((int16_t)-n))));
 }
 
 /* The even and the odd int16 of four lanes, each narrowed to 64 bits: two widening multiply-adds per four lanes. */
-INLINE v16i w_dot(v16i c, v16i x, v16i y)
+INLINE void w_dot(v16i *c, v16i x, v16i y)
 {
     for (int k = 0; k < 4; k++) {
-        c.v[k] = vmlal_s16(c.v[k], vmovn_s32(x.v[k]), vmovn_s32(y.v[k]));
-        c.v[k] = vmlal_s16(c.v[k], vshrn_n_s32(x.v[k], 16), vshrn_n_s32(y.v[k], 16));
+        c->v[k] = vmlal_s16(c->v[k], vmovn_s32(x.v[k]), vmovn_s32(y.v[k]));
+        c->v[k] = vmlal_s16(c->v[k], vshrn_n_s32(x.v[k], 16), vshrn_n_s32(y.v[k], 16));
     }
-    return c;
 }
 
-INLINE v16i w_load_bytes(const int8_t *p) { EACH(v16i, vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p + 8 * k)))); }
 INLINE int32x4_t w_narrow(int32x4_t a, int32x4_t b)
 {
     return vreinterpretq_s32_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)));
@@ -125,6 +132,10 @@ INLINE float f_sum(v16f x)
     return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
 }
 INLINE int32_t i_sum(v16i x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]))); }
+INLINE int32_t i_reduce_max(v16i x)
+{
+    return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])));
+}
 INLINE float f_reduce_max(v16f x)
 {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
@@ -149,16 +160,4 @@ INLINE v16f f_sum16(const v16f *x)
                            vaddq_f32(vreinterpretq_f32_s32(t[1]), vreinterpretq_f32_s32(t[3])));
     }
     return r;
-}
-INLINE void transpose16(v16i *t)
-{
-    v16i r[16];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
-            int32x4_t block[4];
-            for (int k = 0; k < 4; k++) block[k] = t[4 * i + k].v[j];
-            transpose4(block);
-            for (int k = 0; k < 4; k++) r[4 * j + k].v[i] = block[k];
-        }
-    memcpy(t, r, sizeof r);
 }

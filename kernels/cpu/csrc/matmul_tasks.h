@@ -5,11 +5,10 @@
 #include "gemm.h"
 #include "gemv.h"
 
-/* Tasks: task_tiles tiles of every matrix (of every slot, for stacks). */
+/* Tasks: task_rows rows of every matrix (of every slot, for stacks). */
 INLINE int64_t matrix_tasks(const Matmul *op, const Matrix *m)
 {
-    int64_t rows = TILE_ROWS * op->task_tiles;
-    return (m->rows + rows - 1) / rows;
+    return (m->rows + op->task_rows - 1) / op->task_rows;
 }
 INLINE int64_t slot_tasks(const Matmul *op)
 {
@@ -28,15 +27,14 @@ INLINE int64_t own_row_bytes(const Matmul *op)
 {
     if (!op->rounding) return 0;
     const int64_t streams = op->x->blocks * op->x->planes, parts = streams * op->x->parts;
-    return streams * BLOCK * 2 + parts * 64 + whole_lines(parts * 4) + whole_lines(streams * 4);
+    return streams * BLOCK * 2 + whole_lines(parts * 4) + whole_lines(streams * 4);
 }
 INLINE Rounded own_row(const Matmul *op, float *scratch)
 {
     Rounded x = *op->x;
     const int64_t streams = x.blocks * x.planes, parts = streams * x.parts;
     x.words = (int16_t *)scratch;
-    x.lanes = (int32_t *)(x.words + streams * BLOCK);
-    x.sums = x.lanes + parts * 16;
+    x.sums = (int32_t *)(x.words + streams * BLOCK);
     x.scales = (float *)((char *)x.sums + whole_lines(parts * 4));
     return x;
 }
@@ -51,18 +49,12 @@ static void matmul_prepare(const Matmul *op, float *scratch)
 
 static int64_t matmul_scratch_bytes(const Matmul *op)
 {
-    int64_t gemm = 2 * 64 * 16 * 4, gemv = 0;
+    int64_t gemm = 2 * 64 * 16 * 4;
     if (op->x) {
-        int64_t streams = op->x->rows * op->x->planes;
-        gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * TILE_ROWS * 4;
-        gemv = GEMV_SCRATCH_ROWS * times_words(op->x) * 4;
-        int64_t most = 0;
-        for (int64_t i = 0; i < op->count; i++)
-            if (op->matrices[i].bits && tile_scale_words(op->matrices + i) > most)
-                most = tile_scale_words(op->matrices + i);
-        gemm += most * 4;
+        const int64_t streams = op->x->rows * op->x->planes;
+        gemm += (streams < GEMM_CHUNK ? streams : GEMM_CHUNK) * GEMM_ROWS * 4;
     }
-    return own_row_bytes(op) + (gemm > gemv ? gemm : gemv);
+    return own_row_bytes(op) + gemm;
 }
 
 /* Rows first .. first + rows - 1 of a matrix, of slot `slot` of a stack. */
@@ -72,7 +64,7 @@ typedef struct {
 } Place;
 INLINE Place place_of(const Matmul *op, int64_t task)
 {
-    const int64_t slot = task / slot_tasks(op), most = TILE_ROWS * op->task_tiles;
+    const int64_t slot = task / slot_tasks(op), most = op->task_rows;
     int64_t i = 0;
     task %= slot_tasks(op);
     while (task >= matrix_tasks(op, op->matrices + i)) task -= matrix_tasks(op, op->matrices + i++);
@@ -90,12 +82,11 @@ static void multiply_place(const Matmul *op, Place place, float *scratch)
     if (tokens == 0) return;
     if (m->bits && tokens <= GEMV_TOKENS) {
         const Rounded x = op->rounding ? own_row(op, scratch) : *op->x;
-        float *rest = scratch + own_row_bytes(op) / 4;
-        gemv_task(m, expert, &x, token0, tokens, place.first, place.rows, rest);
+        gemv_task(m, expert, &x, token0, tokens, place.first, place.rows);
         return;
     }
-    for (int64_t row0 = place.first; row0 < place.first + place.rows; row0 += TILE_ROWS)
-        if (m->bits == 0) dense_tile(m, expert, &op->floats, token0, tokens, row0);
+    for (int64_t row0 = place.first, end = row0 + place.rows; row0 < end; row0 += GEMM_ROWS)
+        if (m->bits == 0) dense_rows(m, expert, &op->floats, token0, tokens, row0, end);
         else gemm_tile(m, expert, op->x, token0, tokens, row0, scratch);
 }
 
@@ -108,7 +99,7 @@ static void matmul_task(const Matmul *op, int64_t task, float *scratch)
 static int matmul_joins(const Matmul *op) { return !op->offsets && op->rows <= GEMV_TOKENS; }
 static void matmul_joined(const Matmul *op, int64_t first, int64_t count, float *scratch)
 {
-    const int64_t most = TILE_ROWS * op->task_tiles;
+    const int64_t most = op->task_rows;
     while (count > 0) {
         Place place = place_of(op, first);
         const int64_t left = (place.m->bits ? place.m->padded_rows : place.m->rows) - place.first;
@@ -119,18 +110,16 @@ static void matmul_joined(const Matmul *op, int64_t first, int64_t count, float 
     }
 }
 
-/* Asks for a part of the first ASK_BYTES of every run that a task begins with. Which experts of a stack are read is
- * not known beforehand; and where many tokens share a matrix, its first lines are nothing. */
-#define ASK_BYTES 8192
+/* Asks for a part of the first ASK_BYTES that a task begins with. Which experts of a stack are read is not known
+ * beforehand; and where many tokens share a matrix, its first lines are nothing. */
+#define ASK_BYTES 32768
 static void matmul_ask(const Matmul *op, int64_t task, int64_t step)
 {
     if (op->offsets || op->rows > GEMV_TOKENS) return;
     const Place place = place_of(op, task);
     const Matrix *m = place.m;
-    const int64_t bytes = ASK_BYTES / ASK_STEPS, columns = m->columns;
-    const int64_t row_bytes = m->bits ? columns * m->bits / 8 : columns * element_bytes(m->code_dtype);
-    const int64_t stride = m->bits ? gemv_run(op->rows * op->x->planes, row_bytes, place.rows) * row_bytes : ASK_BYTES;
+    const int64_t bytes = ASK_BYTES / ASK_STEPS;
+    const int64_t row_bytes = m->bits ? row_bytes_of(m) : m->columns * element_bytes(m->code_dtype);
     const char *codes = (const char *)m->codes + place.first * row_bytes + step * bytes;
-    for (int64_t at = 0; at < bytes; at += 64)
-        for (int run = 0; run < GEMV_RUNS; run++) __builtin_prefetch(codes + run * stride + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(codes + at, 0, 2);
 }

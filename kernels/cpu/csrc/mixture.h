@@ -19,19 +19,19 @@ static void embed_task(const Embed *op, int64_t row, float *scratch)
                       load_some(m->codes, m->code_dtype, token * m->columns + column, count));
             continue;
         }
-        const int64_t at = token * groups + column / m->group_size;
+        const int64_t tile = token / 16, quarter = column % BLOCK / 32;
+        const int64_t at = (tile * groups + column / m->group_size) * 16 + token % 16;
         const float scale = load_one(m->scales, m->scale_dtype, at);
         const float zero = m->zeros ? load_one(m->zeros, m->scale_dtype, at) : m->bits == 4 ? 8 : 0;
-        v16i codes;
-        if (m->bits == 8) codes = i_load_bytes((const int8_t *)m->codes + token * m->columns + column);
-        else { /* nibble j of words 32 b .. + 31 */
-            const uint16_t *words =
-                (const uint16_t *)m->codes + token * m->columns / 4 + column / BLOCK * 32 + column % 32;
-            int32_t lanes[16];
-            for (int l = 0; l < 16; l++) lanes[l] = words[l] >> (column % BLOCK / 32 * 4) & 15;
-            codes = i_load(lanes);
+        const int lines = (int)m->bits / 4, line = m->bits == 4 ? 0 : (int)quarter / 2;
+        const int32_t *steps = (const int32_t *)m->codes +
+                               ((tile * m->columns + column / BLOCK * BLOCK) / 8 + column % 32 / 2) * lines * 16;
+        int32_t codes[16];
+        for (int l = 0; l < 16; l++) { /* nibble or byte `quarter` of the low or the high word of a row's lane */
+            const uint32_t word = (uint32_t)steps[(l / 2 * lines + line) * 16 + token % 16] >> (l % 2 * 16);
+            codes[l] = m->bits == 4 ? (int32_t)(word >> (4 * quarter) & 15) : (int8_t)(word >> (quarter % 2 * 8));
         }
-        row_store(&op->y, row, column, columns, f_mul(f_sub(f_from_i(codes), f_set1(zero)), f_set1(scale)));
+        row_store(&op->y, row, column, columns, f_mul(f_sub(f_from_i(i_load(codes)), f_set1(zero)), f_set1(scale)));
     }
 }
 

@@ -37,17 +37,14 @@ typedef struct {
 
 /* Activations as block fixed point: x[r][128 b + i] = words[b][s][i] * scales[b][s], s = r * planes + plane, summed
  * over the planes. One plane keeps 15 bits and a sign under the largest of 128, two keep 31. Zero points need sums of
- * words: lanes[b][s][p][l] is minus lane_factor times the sum of the words that lane l of a dot product meets in part
- * p of the block; sums[b][p][s] their sum over lanes. A part is 128 / parts columns: what shares a scale of the
- * weights. lane_factor is 8 for symmetric int4 (codes stand around 8), 1 where the matrix has zero points to multiply
- * by. Around symmetric int4 with 32 columns a part, lanes are also multiplied by CODE_STEPS[part], as the codes are.
- */
+ * words: sums[b][p][s] is minus zero_factor times the sum of the words in part p of the block. A part is 128 / parts
+ * columns: what shares a scale of the weights. zero_factor is 8 for symmetric int4 (codes stand around 8), 1 where the
+ * matrix has zero points to multiply by. */
 typedef struct {
     int16_t *words;
     float *scales;
-    int32_t *lanes;
     int32_t *sums;
-    int64_t blocks, rows, planes, parts, lane_factor;
+    int64_t blocks, rows, planes, parts, zero_factor;
 } Rounded;
 
 /* ROUND: sources are rows of `source`, or by `gather` (row r is source[gather[r]]), columns by `order`; with `gate`
@@ -63,10 +60,11 @@ typedef struct {
     Rounded *out;
 } Round;
 
-/* One quantized matrix (bits 4 or 8) or one of floats (bits 0, dtype of `codes` in code_dtype), or a stack of them. */
+/* One quantized matrix (bits 4 or 8) in tiles of 16 rows, or one of floats (bits 0, dtype of `codes` in code_dtype), or a
+ * stack of them. */
 typedef struct {
     const void *codes;
-    const void *scales, *zeros; /* [padded_rows][groups], zeros may be null */
+    const void *scales, *zeros; /* [padded_rows / 16][groups][16], zeros may be null */
     const void *bias;           /* of y's dtype, may be null */
     int64_t bits, code_dtype, scale_dtype, group_size, rows, padded_rows, columns; /* columns: padded to 128 */
     int64_t expert_code_bytes, expert_scales;
@@ -75,8 +73,9 @@ typedef struct {
 
 /* MATMUL: every matrix times the same rows. Quantized ones read `x`, those of floats read `floats`. For a stack, slot
  * i holds rows offsets[i] .. offsets[i + 1] - 1 of expert experts[i] (null: i); `*active` slots of `slots` are in use
- * (null: all). A task is task_tiles times 32 rows of a matrix. With `rounding`, whose one row `x` has the shape of, every
- * thread rounds that row for itself, into its scratch: nobody waits for it, and no line of it goes from core to core. */
+ * (null: all). A task is task_rows rows of a matrix: 16, or a multiple of 32. With `rounding`, whose one row `x` has the
+ * shape of, every thread rounds that row for itself, into its scratch: nobody waits for it, and no line of it goes from
+ * core to core. */
 typedef struct {
     int64_t kind;
     Matrix *matrices;
@@ -85,7 +84,7 @@ typedef struct {
     Rows floats;
     int64_t rows;
     const int32_t *offsets, *experts, *active;
-    int64_t slots, task_tiles;
+    int64_t slots, task_rows;
     const Round *rounding;
 } Matmul;
 

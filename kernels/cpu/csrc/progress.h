@@ -115,9 +115,18 @@ typedef struct {
     int64_t first, count;
 } Taken;
 
-/* Of the share of `owner` in operation `now`, from its front or its back. Of tasks that may be done as one it is half of
- * what is left: large pieces begin seldom, and small ones at the end let all threads finish together. */
-static Taken take(uint32_t now, int64_t lots, int64_t owner, int is_own, int in_halves)
+/* So much of what is left of a share is taken at once, of tasks that may be done as one: large pieces begin seldom, and
+ * small ones at the end let all threads finish together. Each piece that is done is a line that goes from core to core,
+ * so they are few; but half of a large share, and of another's, is enough at a time. */
+#define LARGE_SHARE 64
+static int64_t piece_of(int64_t left, int is_own)
+{
+    if (left <= 1) return 1;
+    return is_own && left <= LARGE_SHARE ? left - (left + 3) / 4 : left / 2;
+}
+
+/* Of the share of `owner` in operation `now`, from its front or its back. */
+static Taken take(uint32_t now, int64_t lots, int64_t owner, int is_own, int joins)
 {
     const int64_t first = first_of_share(lots, owner), end = first_of_share(lots, owner + 1);
     uint64_t seen = atomic_load(&shares[owner].taken);
@@ -125,7 +134,7 @@ static Taken take(uint32_t now, int64_t lots, int64_t owner, int is_own, int in_
         const int32_t age = (int32_t)(now - (uint32_t)(seen >> 32));
         const uint64_t taken = age == 0 ? seen : (uint64_t)now << 32;
         const int64_t front = taken >> 16 & MOST_LOTS, back = taken & MOST_LOTS;
-        const int64_t left = end - first - front - back, count = in_halves && left > 1 ? left / 2 : 1;
+        const int64_t left = end - first - front - back, count = joins ? piece_of(left, is_own) : 1;
         if (age < 0 || left <= 0) return (Taken){0, 0};
         if (atomic_compare_exchange_strong(&shares[owner].taken, &seen, taken + (uint64_t)(is_own ? count << 16 : count)))
             return (Taken){is_own ? first + front : end - back - count, count};

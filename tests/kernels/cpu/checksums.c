@@ -53,7 +53,6 @@ static Rounded rounded(int64_t rows, int64_t columns, int64_t planes, int64_t pa
     int64_t blocks = (columns + 127) / 128, streams = rows * planes;
     return (Rounded){room(blocks * streams * 256),
                      room(blocks * streams * 4),
-                     room(blocks * streams * parts * 64),
                      room(blocks * parts * streams * 4),
                      blocks,
                      rows,
@@ -96,7 +95,7 @@ static void matmuls(void)
                                     0,
                                     y};
                         Round round = {ROUND, source, {0}, 0, NULL, NULL, m, columns, {0}, &x};
-                        Matmul product = {MATMUL, &w, 1, &x, {0}, m, NULL, NULL, NULL, 0, 1};
+                        Matmul product = {MATMUL, &w, 1, &x, {0}, m, NULL, NULL, NULL, 0, m <= GEMV_TOKENS ? 16 : 32};
                         char name[64];
                         run(&round), run(&product);
                         snprintf(name, sizeof name, "int%d g%d %s %d rows %d planes", bits, (int)group,
@@ -106,7 +105,7 @@ static void matmuls(void)
     const int64_t m = 6;
     Rows x = {floats(m * 200), FLOAT32, 200}, y = {room(m * 20 * 2), BFLOAT16, 20};
     Matrix w = {bfloats(20 * 200, 1, 0), NULL, NULL, NULL, 0, BFLOAT16, 0, 1, 20, 20, 200, 0, 0, y};
-    Matmul product = {MATMUL, &w, 1, NULL, x, m, NULL, NULL, NULL, 0, 1};
+    Matmul product = {MATMUL, &w, 1, NULL, x, m, NULL, NULL, NULL, 0, 16};
     run(&product), report("dense bf16", y.data, (size_t)(m * 20) * 2);
 }
 
