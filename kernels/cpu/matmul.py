@@ -162,7 +162,8 @@ def round_operation(program: Program, x: Tensor, weight: QuantizedWeight, planes
 
 def in_tiles(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight as the C kernels read it. A model's weights were put in tiles when they were loaded
-    (`Operations.arrange`); of another a copy in tiles is kept as long as its tensors live and are not written to."""
+    (`Operations.arrange`); of another a copy in tiles is kept as long as its tensors live and are not written to
+    (torch does not count what is written to tensors of its inference mode)."""
     if weight.tiled:
         return weight
     tensors = [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]

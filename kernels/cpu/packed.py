@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layout.packing import QuantizedWeight, dequantize, unpack_int4
+from ..layout.weight_stack import expert_of
 
 INT4_GROUPS = (32, 64, 128, 256)
 _packed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -53,17 +54,7 @@ def packed_expert_matmul(x: Tensor, weight: QuantizedWeight, offsets: Tensor) ->
     bounds = offsets.tolist()
     for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
         if last > first:
-            one = QuantizedWeight(
-                weight.codes[expert],
-                weight.scales[expert],
-                None if weight.zeros is None else weight.zeros[expert],
-                weight.bits,
-                weight.group_size,
-                weight.rows,
-                weight.columns,
-                weight.order,
-            )
-            y[first:last] = torch.nn.functional.linear(x[first:last], dequantize(one, x.dtype))
+            y[first:last] = torch.nn.functional.linear(x[first:last], dequantize(expert_of(weight, expert), x.dtype))
     return y
 
 

@@ -1,6 +1,7 @@
 """Rows of matrices, packed or not: taking them in another order, and laying matrices of one input on top of each other.
 
-Rows of the runtime layout are independent (codes row by row, scales [groups, rows]), so both are lossless.
+Rows of the runtime layout are independent (codes row by row, scales [groups, rows]), so both are lossless. Weights in
+tiles (`tiles.py`) come after: these functions take none.
 """
 
 from collections.abc import Sequence
